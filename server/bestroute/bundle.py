@@ -1,0 +1,278 @@
+"""The bundle: the directory that the exporter writes and the server loads.
+
+    manifest.json     everything but the weights, as `Manifest`
+    *.onnx            router and reward model, one file per precision
+    tokenizer.json    the tokenizer both were trained with
+
+Networks take `input_ids` int64 [B, T] and `attention_mask` int64 [B, T]. The router gives
+calibrated match probabilities float32 [B, A], columns in the order of `Manifest.arms`; the reward
+model gives rewards float32 [B, 1]. Files are checked against their digests here; that the loaded
+networks give the manifest's golden outputs is checked by `bestroute.router`, which has the engine.
+"""
+
+import hashlib
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bestroute.errors import BundleInvalid
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+DEFAULT_BUNDLE = Path(__file__).parent / "bundles" / "default"
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Usd = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Name = Annotated[str, Field(min_length=1)]
+Precision = Literal["fp32", "fp16", "int8"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class File(_Frozen):
+    """A file of the bundle: its name inside the directory and its SHA-256 in hex."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        """Describe an existing file."""
+        return cls(name=path.name, sha256=_sha256(path))
+
+
+class Model(_Frozen):
+    """An LLM of the pool: list prices in USD per million tokens, and how long its answers are."""
+
+    name: Name
+    input_usd_per_mtok: Usd
+    output_usd_per_mtok: Usd
+    mean_output_tokens: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Arm(_Frozen):
+    """One choice of the router: draw `samples` answers from `model` and keep the best."""
+
+    model: Name
+    samples: Annotated[int, Field(ge=1)]
+
+
+class Network(_Frozen):
+    """A compiled model: its file in each precision it was exported in, and its input limit.
+
+    Precision names what the engine computes in. Weights may be stored smaller and widened at load.
+    """
+
+    files: Annotated[dict[Precision, File], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=8)]
+
+
+class RewardNetwork(Network):
+    """The reward model, with two rewards calibrated on validation data.
+
+    Both are null where the data decided nothing.
+
+    Attributes:
+        accept_reward: answers scoring at least this are on average as good as the reference's,
+            so drawing more can't pay.
+        escalate_reward: answers scoring below this are on average at most half as good as the
+            reference's, so asking the reference pays.
+    """
+
+    accept_reward: Finite | None = None
+    escalate_reward: Finite | None = None
+
+
+class CurvePoint(_Frozen):
+    """What a threshold was measured to give; all as fractions (0.01 is one per cent).
+
+    Attributes:
+        match_threshold: t of the decision rule.
+        cost_saving: 1 - cost of the routed answers / cost of the reference's.
+        quality_drop: 1 - quality of the routed answers / quality of the reference's.
+        quality_drop_upper: upper bound of the drop, one-sided, 95 % confidence.
+    """
+
+    match_threshold: Probability
+    cost_saving: Finite
+    quality_drop: Finite
+    quality_drop_upper: Finite
+
+
+class GoldenRoute(_Frozen):
+    """A prompt and the probabilities [A] that the router must give for it."""
+
+    prompt: Name
+    probabilities: list[Probability]
+
+
+class GoldenReward(_Frozen):
+    """A prompt with an answer, and the reward that the reward model must give."""
+
+    prompt: Name
+    response: str
+    reward: Finite
+
+
+class Golden(_Frozen):
+    """Inputs with their expected outputs; a bundle that disagrees on this machine isn't served.
+
+    Attributes:
+        tolerance: largest absolute difference that still counts as agreement.
+    """
+
+    tolerance: Annotated[float, Field(gt=0)]
+    router: Annotated[list[GoldenRoute], Field(min_length=1)]
+    reward: Annotated[list[GoldenReward], Field(min_length=1)]
+
+
+class Manifest(_Frozen):
+    """Everything in a bundle but the weights.
+
+    Attributes:
+        version: what responses name as `bundle_version`.
+        reference_model: the LLM whose quality the arms have to match; answers where none does.
+        models: the pool, the reference included.
+        arms: the router's outputs, column by column; the reference is not among them.
+        default_match_threshold: used where a request sets no target; calibrated for a quality drop
+            of at most 1 %.
+        curve: calibration table by rising threshold.
+        metrics: figures measured when the bundle was made, by name.
+        provenance: where it came from, by topic.
+    """
+
+    format_version: Literal[1]
+    name: Name
+    version: Name
+    reference_model: Name
+    models: Annotated[list[Model], Field(min_length=1)]
+    arms: Annotated[list[Arm], Field(min_length=1)]
+    router: Network
+    reward: RewardNetwork
+    tokenizer: File
+    default_match_threshold: Probability
+    curve: Annotated[list[CurvePoint], Field(min_length=1)]
+    metrics: dict[str, Finite]
+    provenance: dict[str, str]
+    golden: Golden
+
+    @model_validator(mode="after")
+    def _refers_to_itself(self) -> Self:
+        names = Counter(model.name for model in self.models)
+        if double := [name for name, times in names.items() if times > 1]:
+            raise ValueError(f"models named twice: {double}")
+        known = {*names}
+        if missing := {self.reference_model, *(arm.model for arm in self.arms)} - known:
+            raise ValueError(f"not among the models: {sorted(missing)}")
+        if len(set(self.arms)) < len(self.arms):
+            raise ValueError("an arm is listed twice")
+        if any(arm.model == self.reference_model for arm in self.arms):
+            raise ValueError("the reference model can't be an arm")
+        if any(len(golden.probabilities) != len(self.arms) for golden in self.golden.router):
+            raise ValueError(f"golden probabilities must have {len(self.arms)} values each")
+        thresholds = [point.match_threshold for point in self.curve]
+        if thresholds != sorted(set(thresholds)):
+            raise ValueError("the curve's thresholds must rise")
+        return self
+
+    def model(self, name: str) -> Model:
+        """The pool's model of that name; KeyError if there is none."""
+        for model in self.models:
+            if model.name == name:
+                return model
+        raise KeyError(name)
+
+    def write(self, directory: Path) -> None:
+        """Write `manifest.json` into the directory."""
+        (directory / MANIFEST).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+class Bundle:
+    """A bundle whose files are present and unaltered.
+
+    Attributes:
+        directory: where it lies.
+        manifest: its contents.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        self.directory = directory
+        self.manifest = manifest
+
+    @classmethod
+    def load(cls, directory: Path) -> Self:
+        """Read the manifest and check every file against its digest.
+
+        Raises:
+            BundleInvalid: a file is missing or altered, or the manifest is of another format.
+        """
+        bundle = cls(directory, read_manifest(directory))
+        for file in bundle.files():
+            path = directory / file.name
+            if not path.is_file():
+                raise BundleInvalid(f"{path} is missing; copy the bundle again, whole")
+            if (digest := _sha256(path)) != file.sha256:
+                raise BundleInvalid(
+                    f"{path} has SHA-256 {digest}, but the manifest says {file.sha256}; "
+                    "the file was altered or only partly copied"
+                )
+        return bundle
+
+    def files(self) -> list[File]:
+        """Every file that the manifest names."""
+        manifest = self.manifest
+        return [
+            *manifest.router.files.values(),
+            *manifest.reward.files.values(),
+            manifest.tokenizer,
+        ]
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The tokenizer's file."""
+        return self.directory / self.manifest.tokenizer.name
+
+    def network_path(self, network: Network, precision: Precision | None) -> Path:
+        """The file of a network in a precision; None takes the first one exported.
+
+        Raises:
+            BundleInvalid: the bundle has no such file.
+        """
+        wanted = precision or next(iter(network.files))
+        if wanted not in network.files:
+            raise BundleInvalid(
+                f"{self.directory} has no {wanted} network; it has: {', '.join(network.files)}"
+            )
+        return self.directory / network.files[wanted].name
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and validate `manifest.json`.
+
+    Raises:
+        BundleInvalid: it is missing or says something this version can't read.
+    """
+    path = directory / MANIFEST
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleInvalid(
+            f"{path} can't be read ({error}); a bundle is a directory made by `bestroute-export`"
+        ) from error
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the manifest"
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise BundleInvalid(f"{path}: {where}: {first['msg']}{more}") from error
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,58 @@
+"""The five things that can go wrong, as the rest of the package names them.
+
+    BestrouteError
+     +-- InvalidRequest      the caller's input; names the field        INVALID_ARGUMENT
+     +-- Overloaded          the queue is full; try again later         RESOURCE_EXHAUSTED
+     +-- DeadlineExceeded    the caller's deadline can't be met         DEADLINE_EXCEEDED
+     +-- ProviderFailed      no upstream LLM gave an answer             UNAVAILABLE
+     +-- BundleInvalid       the bundle can't be served                 FAILED_PRECONDITION
+
+Anything else is a bug and reaches the caller as INTERNAL with a bland message. The codes are
+assigned in `bestroute.status`, the only module that knows both sides.
+"""
+
+
+class BestrouteError(Exception):
+    """Base of every error that bestroute raises on purpose."""
+
+
+class InvalidRequest(BestrouteError):
+    """The request breaks the contract.
+
+    Args:
+        field: path of the offending field as in the proto, e.g. `policy.allowed_models[1]`.
+        description: what is wrong and what to send instead.
+    """
+
+    def __init__(self, field: str, description: str) -> None:
+        super().__init__(f"{field}: {description}")
+        self.field = field
+        self.description = description
+
+    def within(self, parent: str) -> "InvalidRequest":
+        """The same violation, seen from a message that holds the request in field `parent`."""
+        return InvalidRequest(f"{parent}.{self.field}", self.description)
+
+
+class Overloaded(BestrouteError):
+    """The queue is full; nothing was enqueued.
+
+    Args:
+        retry_after: seconds after which trying again makes sense.
+    """
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineExceeded(BestrouteError):
+    """The caller's deadline passed, or can't be met any more; no engine time was spent."""
+
+
+class ProviderFailed(BestrouteError):
+    """An upstream LLM gave no usable answer; the message carries the provider's own words."""
+
+
+class BundleInvalid(BestrouteError):
+    """The bundle directory is missing, damaged or of another format; says which file and why."""

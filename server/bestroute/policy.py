@@ -1,0 +1,82 @@
+"""Which arm to run: the decision rule of BEST-Route as pure functions.
+
+Training, evaluation and serving all call these, so that a threshold means the same everywhere.
+"""
+
+from enum import Enum
+
+import numpy as np
+import numpy.typing as npt
+
+REFERENCE = -1
+"""Index that `choose` gives where no arm qualifies and the reference LLM answers."""
+
+
+class InputBilling(Enum):
+    """How often a provider bills the prompt when n samples are drawn."""
+
+    ONCE = "once"
+    PER_SAMPLE = "per_sample"
+
+
+def estimated_cost(
+    *,
+    samples: int | npt.NDArray[np.int64],
+    input_tokens: float | npt.NDArray[np.float64],
+    output_tokens: float | npt.NDArray[np.float64],
+    input_usd_per_mtok: float | npt.NDArray[np.float64],
+    output_usd_per_mtok: float | npt.NDArray[np.float64],
+    billing: InputBilling = InputBilling.PER_SAMPLE,
+) -> npt.NDArray[np.float64]:
+    """Expected cost of drawing n samples, in USD; arguments broadcast against each other.
+
+    BEST-Route, Algorithm 1 line 2 (arXiv 2506.22716), with the prompt billed as the provider
+    really does: n calls bill it n times, one call with n choices bills it once.
+
+    Args:
+        samples: n.
+        input_tokens: length of the prompt in tokens.
+        output_tokens: expected length of one answer in tokens.
+        input_usd_per_mtok: USD per million prompt tokens.
+        output_usd_per_mtok: USD per million answer tokens.
+        billing: whether n samples bill the prompt once or n times.
+    """
+    prompts = samples if billing is InputBilling.PER_SAMPLE else 1
+    return np.asarray(
+        (
+            np.multiply(prompts, input_tokens) * input_usd_per_mtok
+            + np.multiply(samples, output_tokens) * output_usd_per_mtok
+        )
+        / 1e6,
+        dtype=np.float64,
+    )
+
+
+def choose(
+    probabilities: npt.ArrayLike,
+    costs: npt.ArrayLike,
+    threshold: float,
+    allowed: npt.ArrayLike = True,
+) -> npt.NDArray[np.int64]:
+    """For each prompt the cheapest allowed arm with probability >= threshold, else `REFERENCE`.
+
+    BEST-Route, Algorithm 1 line 3. Equal costs go to the higher probability, then to the first arm.
+
+    Args:
+        probabilities: float [..., A], the probability that each arm matches the reference.
+        costs: float [..., A], estimated USD per arm.
+        threshold: in [0, 1]. An arm whose probability is NaN never qualifies.
+        allowed: bool, broadcast to [..., A]; False takes an arm out.
+
+    Returns:
+        int64 [...], an arm's index or `REFERENCE`.
+    """
+    p = np.asarray(probabilities, dtype=np.float64)
+    c = np.broadcast_to(np.asarray(costs, dtype=np.float64), p.shape)
+    qualifies = (p >= threshold) & np.broadcast_to(np.asarray(allowed, dtype=bool), p.shape)
+    if p.shape[-1] == 0:
+        return np.full(p.shape[:-1], REFERENCE, dtype=np.int64)
+    cheapest = np.where(qualifies, c, np.inf)
+    tied = qualifies & (cheapest == cheapest.min(axis=-1, keepdims=True))
+    best = np.where(tied, p, -np.inf).argmax(axis=-1)
+    return np.where(qualifies.any(axis=-1), best, REFERENCE).astype(np.int64)

@@ -1,0 +1,107 @@
+"""Text to token ids, exactly as in training.
+
+Special tokens written in a text are text: "[SEP]" in a prompt becomes its letters, never the
+separator. Texts that are too long are cut from the middle, because instructions stand at the
+start and questions at the end.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer as _Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One input of a model.
+
+    Attributes:
+        ids: token ids, T of them, special tokens included.
+        prompt_tokens: length of the whole prompt in tokens, special tokens and cuts not counted.
+        truncated: whether text was cut to fit.
+    """
+
+    ids: tuple[int, ...]
+    prompt_tokens: int
+    truncated: bool
+
+
+def cut_middle(ids: list[int], limit: int) -> list[int]:
+    """Keep the first and last tokens of `ids`, `limit` in all; the head gets the odd one."""
+    if len(ids) <= limit:
+        return ids
+    tail = limit // 2
+    return ids[: limit - tail] + ids[len(ids) - tail :]
+
+
+def share(prompt: int, answer: int, room: int) -> tuple[int, int]:
+    """How many tokens of a prompt and an answer are kept when both must fit into `room`.
+
+    The prompt gives way first, down to an eighth of the room (or its whole length, if shorter):
+    an answer is never cut away by its prompt, but a reward without any question means nothing.
+
+    Args:
+        prompt: tokens of the prompt.
+        answer: tokens of the answer.
+        room: tokens that fit.
+
+    Returns:
+        Tokens kept of the prompt and of the answer; their sum is at most `room`.
+    """
+    kept_answer = min(answer, room - min(prompt, room // 8))
+    return min(prompt, room - kept_answer), kept_answer
+
+
+class Tokenizer:
+    """A `tokenizer.json` with the limit of the model it feeds; safe to call from any thread.
+
+    Args:
+        path: the `tokenizer.json` file.
+        max_tokens: longest input the model takes, special tokens included.
+    """
+
+    def __init__(self, path: Path, *, max_tokens: int) -> None:
+        self._tokenizer = _Tokenizer.from_file(str(path))
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._tokenizer.encode_special_tokens = True
+        self._start = self._id_of("[CLS]")
+        self._separator = self._id_of("[SEP]")
+        self.max_tokens = max_tokens
+
+    def prompt(self, text: str) -> Encoded:
+        """Encode a prompt as [CLS] prompt [SEP], at most `max_tokens` ids."""
+        ids = self._ids(text)
+        kept = cut_middle(ids, self.max_tokens - 2)
+        return Encoded(
+            (self._start, *kept, self._separator), len(ids), truncated=len(kept) < len(ids)
+        )
+
+    def pair(self, prompt: str, answer: str) -> Encoded:
+        """Encode an answer with its prompt as [CLS] prompt [SEP] answer [SEP].
+
+        `truncated` tells whether either was cut; see `share` for which gives way.
+        """
+        question, reply = self._ids(prompt), self._ids(answer)
+        kept_question, kept_reply = share(len(question), len(reply), self.max_tokens - 3)
+        return Encoded(
+            (
+                self._start,
+                *cut_middle(question, kept_question),
+                self._separator,
+                *cut_middle(reply, kept_reply),
+                self._separator,
+            ),
+            len(question),
+            truncated=kept_question < len(question) or kept_reply < len(reply),
+        )
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _id_of(self, token: str) -> int:
+        found = self._tokenizer.token_to_id(token)
+        if found is None:
+            raise ValueError(f"the tokenizer has no {token} token")
+        return int(found)
