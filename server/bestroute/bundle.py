@@ -12,6 +12,7 @@ networks give the manifest's golden outputs is checked by `bestroute.router`, wh
 
 import hashlib
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -237,18 +238,19 @@ class Bundle:
         """The tokenizer's file."""
         return self.directory / self.manifest.tokenizer.name
 
-    def network_path(self, network: Network, precision: Precision | None) -> Path:
-        """The file of a network in a precision; None takes the first one exported.
+    def network_path(self, network: Network, preferred: Sequence[Precision]) -> Path:
+        """The file of a network in the first of the preferred precisions that it has.
 
         Raises:
-            BundleInvalid: the bundle has no such file.
+            BundleInvalid: it has none of them.
         """
-        wanted = precision or next(iter(network.files))
-        if wanted not in network.files:
-            raise BundleInvalid(
-                f"{self.directory} has no {wanted} network; it has: {', '.join(network.files)}"
-            )
-        return self.directory / network.files[wanted].name
+        for precision in preferred:
+            if precision in network.files:
+                return self.directory / network.files[precision].name
+        raise BundleInvalid(
+            f"{self.directory} has no {' or '.join(preferred)} network; "
+            f"it has: {', '.join(network.files)}"
+        )
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -18,6 +18,10 @@ class InputBilling(Enum):
     ONCE = "once"
     PER_SAMPLE = "per_sample"
 
+    def prompts(self, samples: int) -> int:
+        """How many times the prompt is billed for that many samples."""
+        return samples if self is InputBilling.PER_SAMPLE else 1
+
 
 def estimated_cost(
     *,
@@ -26,7 +30,7 @@ def estimated_cost(
     output_tokens: float | npt.NDArray[np.float64],
     input_usd_per_mtok: float | npt.NDArray[np.float64],
     output_usd_per_mtok: float | npt.NDArray[np.float64],
-    billing: InputBilling = InputBilling.PER_SAMPLE,
+    prompts_billed: int | npt.NDArray[np.int64] | None = None,
 ) -> npt.NDArray[np.float64]:
     """Expected cost of drawing n samples, in USD; arguments broadcast against each other.
 
@@ -39,9 +43,9 @@ def estimated_cost(
         output_tokens: expected length of one answer in tokens.
         input_usd_per_mtok: USD per million prompt tokens.
         output_usd_per_mtok: USD per million answer tokens.
-        billing: whether n samples bill the prompt once or n times.
+        prompts_billed: how often the prompt is billed; None means once per sample.
     """
-    prompts = samples if billing is InputBilling.PER_SAMPLE else 1
+    prompts = samples if prompts_billed is None else prompts_billed
     return np.asarray(
         (
             np.multiply(prompts, input_tokens) * input_usd_per_mtok

@@ -5,6 +5,7 @@ separator. Texts that are too long are cut from the middle, because instructions
 start and questions at the end.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,7 +83,14 @@ class Tokenizer:
 
         `truncated` tells whether either was cut; see `share` for which gives way.
         """
-        question, reply = self._ids(prompt), self._ids(answer)
+        return self.pairs(prompt, [answer])[0]
+
+    def pairs(self, prompt: str, answers: Sequence[str]) -> list[Encoded]:
+        """Encode several answers to one prompt, each as `pair` does."""
+        question = self._ids(prompt)
+        return [self._pair(question, self._ids(answer)) for answer in answers]
+
+    def _pair(self, question: list[int], reply: list[int]) -> Encoded:
         kept_question, kept_reply = share(len(question), len(reply), self.max_tokens - 3)
         return Encoded(
             (

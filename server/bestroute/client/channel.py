@@ -1,0 +1,58 @@
+"""The connection: which calls are repeated, and how it comes back after it broke."""
+
+import asyncio
+import json
+
+import grpc
+
+from bestroute.v1 import routing_pb2
+
+SERVICE = routing_pb2.DESCRIPTOR.services_by_name["RoutingService"].full_name
+
+_SERVICE_CONFIG = {
+    # A name that resolves to many replicas uses them all, without a load balancer between.
+    "loadBalancingConfig": [{"round_robin": {}}],
+    "methodConfig": [
+        {
+            "name": [{"service": SERVICE}],
+            # gRPC repeats a call only until the server's first message, so that Generate never
+            # answers twice, and waits as long as the server asks in grpc-retry-pushback-ms. Four
+            # attempts take 0.35 s at most: what one spends before falling back.
+            "retryPolicy": {
+                "maxAttempts": 4,
+                "initialBackoff": "0.05s",
+                "maxBackoff": "0.2s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+            },
+        }
+    ],
+    # After five failures in a row nothing is repeated until ten calls in a row per failure went
+    # well: clients must not multiply the load of a service that is down or full.
+    "retryThrottling": {"maxTokens": 10, "tokenRatio": 0.1},
+}
+
+_OPTIONS = (
+    ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
+    # Only what is above: nobody's DNS records decide how calls are repeated.
+    ("grpc.service_config_disable_resolution", 1),
+    # By default gRPC waits up to two minutes before it tries a dead address again.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    # A peer that vanished without a word is noticed while calls are open.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+)
+
+
+def open_channel(address: str, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
+    """Open a channel on the running event loop; it connects at the first call.
+
+    Raises:
+        RuntimeError: no event loop is running. Without this check gRPC would bind the channel to
+            another loop than the one that its calls are awaited on, and hang.
+    """
+    asyncio.get_running_loop()
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, _OPTIONS)
+    return grpc.aio.secure_channel(address, credentials, _OPTIONS)

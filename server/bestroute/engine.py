@@ -1,0 +1,155 @@
+"""Runs a compiled network on ONNX Runtime: token ids in, float32 rows out."""
+
+import asyncio
+import math
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from bestroute.batching import Budget
+from bestroute.bundle import Precision
+from bestroute.config import Batching, ConfigInvalid
+from bestroute.config import Engine as EngineSettings
+
+try:
+    import onnxruntime as ort
+except ModuleNotFoundError as error:
+    raise ConfigInvalid(
+        "ONNX Runtime is not installed; install exactly one of: "
+        "pip install 'bestroute[cpu]'  or  pip install 'bestroute[gpu]'"
+    ) from error
+
+Row = npt.NDArray[np.float32]
+
+_PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+_PADDED_TOKENS = {"cpu": 512, "cuda": 16_384, "tensorrt": 16_384}
+"""Default budget of a batch. CPU: measured by benchmarks/engine.py. GPU: not measured yet."""
+_WARM_UP_LENGTHS = (16, 64, 128, 256, 512)
+
+
+def cpus() -> int:
+    """CPUs that this process may use: its affinity, bounded by the cgroup's quota; at least 1."""
+    allowed = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        return allowed
+    return allowed if quota == "max" else max(1, min(allowed, math.ceil(int(quota) / int(period))))
+
+
+def preferred_precisions(settings: EngineSettings) -> tuple[Precision, ...]:
+    """Which of a network's files to load, best first."""
+    if settings.precision is not None:
+        return (settings.precision,)
+    return ("fp32", "int8", "fp16") if settings.provider == "cpu" else ("fp16", "fp32", "int8")
+
+
+def budget(batching: Batching, engine: EngineSettings) -> Budget:
+    """The batch budget that the settings ask for, with the provider's default."""
+    padded = batching.max_padded_tokens or _PADDED_TOKENS[engine.provider]
+    return Budget(batching.max_items, padded)
+
+
+class Engine:
+    """One network with a thread of its own; `async with` it.
+
+    Args:
+        path: the ONNX file. Inputs `input_ids` and `attention_mask`, int64 [B, T]; the first
+            output is float32 [B, K].
+        settings: provider, threads, cache.
+        max_tokens: longest T.
+    """
+
+    def __init__(self, path: Path, settings: EngineSettings, *, max_tokens: int) -> None:
+        self._session = _session(path, settings)
+        self._max_tokens = max_tokens
+        self._output = self._session.get_outputs()[0].name
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"engine-{path.stem}")
+
+    def run(self, inputs: Sequence[Sequence[int]]) -> list[Row]:
+        """Run one batch, blocking.
+
+        Args:
+            inputs: B sequences of token ids, each at most `max_tokens` long.
+
+        Returns:
+            B rows, float32 [K].
+        """
+        lengths = [len(ids) for ids in inputs]
+        input_ids = np.zeros((len(inputs), max(lengths)), dtype=np.int64)
+        mask = np.zeros_like(input_ids)
+        for row, (ids, length) in enumerate(zip(inputs, lengths, strict=True)):
+            input_ids[row, :length] = ids
+            mask[row, :length] = 1
+        (rows,) = self._session.run(
+            [self._output], {"input_ids": input_ids, "attention_mask": mask}
+        )
+        return list(rows)
+
+    async def __call__(self, inputs: Sequence[Sequence[int]]) -> list[Row]:
+        """Run one batch on the engine's thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self.run, inputs)
+
+    def warm_up(self) -> None:
+        """Run every shape bucket once, so that the first request is as fast as the next."""
+        for length in sorted({min(length, self._max_tokens) for length in _WARM_UP_LENGTHS}):
+            self.run([[0] * length])
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _session(path: Path, settings: EngineSettings) -> Any:
+    provider = _PROVIDERS[settings.provider]
+    if provider not in ort.get_available_providers():
+        raise ConfigInvalid(
+            f"engine.provider = {settings.provider!r}: this ONNX Runtime can't run on it; install "
+            "'bestroute[gpu]' (without onnxruntime beside it), or set engine.provider = 'cpu'"
+        )
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = settings.threads or cpus()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Spinning threads steal the cores that tokenizing and gRPC need.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Shapes vary per batch: patterns of past shapes would only hold memory.
+    options.enable_mem_pattern = False
+    # ONNX Runtime's fused SkipLayerNormalization is slower on a CPU than the parts it replaces.
+    disabled = ["SkipLayerNormFusion", "BiasGeluFusion"] if settings.provider == "cpu" else []
+    session = ort.InferenceSession(
+        str(path),
+        options,
+        providers=[(provider, _options(settings))],
+        disabled_optimizers=disabled,
+    )
+    # ONNX Runtime falls back to the CPU without an error; a GPU server that does is 100x too slow.
+    if session.get_providers()[0] != provider:
+        raise ConfigInvalid(
+            f"engine.provider = {settings.provider!r} did not load (driver, CUDA or TensorRT "
+            "libraries missing?); ONNX Runtime would have run on the CPU. "
+            "Set engine.provider = 'cpu' if that is what you want"
+        )
+    return session
+
+
+def _options(settings: EngineSettings) -> dict[str, str]:
+    if settings.provider != "tensorrt" or settings.cache is None:
+        return {}
+    return {
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": str(settings.cache),
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": str(settings.cache),
+    }

@@ -1,0 +1,84 @@
+"""What a model's tokens cost: expected, for decisions, and after the fact, for accounting."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bestroute.bundle import Model
+from bestroute.config import ConfigInvalid, Settings, instead
+from bestroute.policy import InputBilling
+from bestroute.completion import Usage
+
+_SAMPLE_TOKENS = 1000
+"""Priced to read a list price off genai-prices; few enough for the lowest tier of tiered prices."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPrice:
+    """USD per million tokens of a model, and how often drawing n samples bills the prompt."""
+
+    input_usd_per_mtok: float
+    output_usd_per_mtok: float
+    billing: InputBilling
+
+
+def prices(models: Sequence[Model], settings: Settings) -> dict[str, ModelPrice]:
+    """Price the pool's models, by name.
+
+    A price in the settings wins over genai-prices (asked where the provider has a `price_id`),
+    which wins over the bundle's. A model that no provider serves keeps the bundle's price and is
+    taken to bill every sample's prompt.
+
+    Args:
+        models: the bundle's pool.
+        settings: its `models` and `providers` are read.
+
+    Raises:
+        ConfigInvalid: the settings name a model that the pool lacks, or one whose provider's
+            price list doesn't know it.
+    """
+    pool = {model.name: model for model in models}
+    for name in settings.models:
+        if name not in pool:
+            raise ConfigInvalid(f'[models."{name}"]: not in the bundle' + instead(name, [*pool]))
+    return {name: _price(model, settings) for name, model in pool.items()}
+
+
+def cost(usage: Usage, price: ModelPrice) -> float:
+    """What tokens that were really used cost, in USD."""
+    return (
+        usage.input_tokens * price.input_usd_per_mtok
+        + usage.output_tokens * price.output_usd_per_mtok
+    ) / 1e6
+
+
+def _price(model: Model, settings: Settings) -> ModelPrice:
+    served = settings.models.get(model.name)
+    if served is None:
+        return ModelPrice(
+            model.input_usd_per_mtok, model.output_usd_per_mtok, InputBilling.PER_SAMPLE
+        )
+    provider = settings.providers[served.provider]
+    if served.price is not None:
+        per_mtok = served.price.input_usd_per_mtok, served.price.output_usd_per_mtok
+    elif provider.price_id is not None:
+        per_mtok = _listed(model.name, served.upstream or model.name, provider.price_id)
+    else:
+        per_mtok = model.input_usd_per_mtok, model.output_usd_per_mtok
+    return ModelPrice(*per_mtok, provider.billing)
+
+
+def _listed(name: str, upstream: str, price_id: str) -> tuple[float, float]:
+    """Input and output price in USD per million tokens, from the list inside genai-prices."""
+    # Imported here: it takes 0.2 s, and only who has set a price_id needs it.
+    import genai_prices
+
+    usage = genai_prices.Usage(input_tokens=_SAMPLE_TOKENS, output_tokens=_SAMPLE_TOKENS)
+    try:
+        price = genai_prices.calc_price(usage, upstream, provider_id=price_id)
+    except LookupError as error:
+        raise ConfigInvalid(
+            f'[models."{name}"]: genai-prices has no price for "{upstream}" at "{price_id}" '
+            f'({error}); set [models."{name}".price]'
+        ) from error
+    per_mtok = 1_000_000 / _SAMPLE_TOKENS
+    return float(price.input_price) * per_mtok, float(price.output_price) * per_mtok

@@ -1,0 +1,174 @@
+"""The object one embeds: decides, scores and generates with one bundle. Knows no gRPC.
+
+async with open_router(settings) as router:
+routed = await router.decide(Prompt.of("What is 2 + 2?"), Policy())
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from bestroute.bundle import DEFAULT_BUNDLE, Bundle, Manifest
+from bestroute.config import Engine as EngineSettings
+from bestroute.config import Settings
+from bestroute.decision import Decision, Policy, Rules
+from bestroute.errors import BestrouteError, BundleInvalid
+from bestroute.pricing import ModelPrice, prices
+from bestroute.prompt import Prompt
+from bestroute.scoring import Scored, score
+from bestroute.text_model import TextModel, Timing, open_text_model
+
+_log = logging.getLogger(__name__)
+_CHARACTERS_PER_TOKEN = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """A decision with how it came about.
+
+    Attributes:
+        prompt_tokens: length of the prompt by the router's tokenizer, before any cut.
+        truncated: whether the router read only the prompt's head and tail.
+        timing: None where the router model failed.
+    """
+
+    decision: Decision
+    prompt_tokens: int
+    truncated: bool
+    timing: Timing | None
+
+
+class Router:
+    """Made by `open_router`; see there."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        router_model: TextModel,
+        reward_model: TextModel,
+        model_prices: dict[str, ModelPrice],
+        *,
+        fail_open: bool,
+    ) -> None:
+        self.manifest = manifest
+        self.prices = model_prices
+        self.rules = Rules(manifest, model_prices)
+        self._router_model, self._reward_model = router_model, reward_model
+        self._fail_open = fail_open
+
+    async def decide(
+        self, prompt: Prompt, policy: Policy, *, deadline: float | None = None
+    ) -> Routed:
+        """Choose an arm for a prompt; no LLM is called.
+
+        Args:
+            prompt: not empty.
+            policy: target and limits.
+            deadline: `time.monotonic()` after which the caller no longer waits.
+
+        Raises:
+            InvalidRequest: the policy can't be followed.
+            Overloaded: the queue is full.
+            DeadlineExceeded: the deadline passed before the router model ran.
+        """
+        self.rules.check(policy)
+        try:
+            reading, timing = await self._router_model.prompt(prompt.text, deadline=deadline)
+            if not np.isfinite(reading.row).all():
+                raise ArithmeticError(f"the router model gave {reading.row}")
+        except BestrouteError:
+            raise
+        except Exception:
+            if not self._fail_open:
+                raise
+            _log.exception("the router model failed; the reference answers")
+            tokens = len(prompt.text) // _CHARACTERS_PER_TOKEN + 1
+            return Routed(self.rules.without_router(tokens, policy), tokens, False, None)
+        encoded = reading.encoded
+        decision = self.rules.decide(reading.row, encoded.prompt_tokens, policy)
+        return Routed(decision, encoded.prompt_tokens, encoded.truncated, timing)
+
+    async def score(
+        self, prompt: Prompt, answers: Sequence[str], *, deadline: float | None = None
+    ) -> Scored:
+        """Score answers to a prompt; see `bestroute.scoring.score`."""
+        return await score(self._reward_model, prompt, answers, deadline=deadline)
+
+
+@asynccontextmanager
+async def open_router(settings: Settings) -> AsyncIterator[Router]:
+    """Load the configured bundle, check that its networks agree with it, and serve it.
+
+    Raises:
+        BundleInvalid: the bundle is damaged, or its networks disagree with its golden outputs.
+        ConfigInvalid: the settings don't fit the bundle or this machine.
+    """
+    bundle = await asyncio.to_thread(Bundle.load, settings.bundle or DEFAULT_BUNDLE)
+    manifest = bundle.manifest
+    model_prices = dict(prices(manifest.models, settings))
+    async with AsyncExitStack() as stack:
+        router_model = await stack.enter_async_context(
+            open_text_model(bundle, manifest.router, settings)
+        )
+        reward_model = await stack.enter_async_context(
+            open_text_model(bundle, manifest.reward, settings)
+        )
+        await asyncio.to_thread(check_golden, manifest, router_model, reward_model)
+        yield Router(
+            manifest,
+            router_model,
+            reward_model,
+            model_prices,
+            fail_open=settings.routing.fail_open,
+        )
+
+
+def check_golden(manifest: Manifest, router_model: TextModel, reward_model: TextModel) -> float:
+    """Compare the networks with the manifest's golden outputs.
+
+    Returns:
+        The largest absolute deviation.
+
+    Raises:
+        BundleInvalid: it is over the manifest's tolerance.
+    """
+    golden = manifest.golden
+    deviations = [0.0]
+    for route in golden.router:
+        row = router_model.read_now(router_model.tokenizer.prompt(route.prompt))
+        deviations.append(float(np.abs(row - route.probabilities).max()))
+    for each in golden.reward:
+        encoded = reward_model.tokenizer.pair(each.prompt, each.response)
+        (reward,) = reward_model.read_now(encoded)
+        deviations.append(abs(float(reward) - each.reward))
+    worst = max(deviations)
+    if not worst <= golden.tolerance:  # NaN fails this too
+        raise BundleInvalid(
+            f"bundle {manifest.name} {manifest.version}: outputs differ from the golden ones by "
+            f"{worst:.2g}, more than {golden.tolerance:.2g}; this engine computes something else "
+            "than what was calibrated. Try another engine.precision, or export the bundle again"
+        )
+    return worst
+
+
+async def verify(bundle: Bundle, engine: EngineSettings) -> float:
+    """Load a bundle's networks on an engine and compare them with the golden outputs.
+
+    Returns:
+        The largest absolute deviation.
+
+    Raises:
+        BundleInvalid: they can't be loaded, or disagree.
+        ConfigInvalid: the engine can't be used here.
+    """
+    settings = Settings(engine=engine)
+    manifest = bundle.manifest
+    async with (
+        open_text_model(bundle, manifest.router, settings) as router_model,
+        open_text_model(bundle, manifest.reward, settings) as reward_model,
+    ):
+        return await asyncio.to_thread(check_golden, manifest, router_model, reward_model)

@@ -1,0 +1,52 @@
+"""Rewards of given answers, by the reward model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bestroute.prompt import Prompt
+from bestroute.text_model import TextModel, Timing
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Rewards of some answers to one prompt.
+
+    Attributes:
+        rewards: one per answer; higher is better, on the reward model's own scale.
+        truncated: per answer, whether it and its prompt had to be cut.
+        timing: where the time went.
+    """
+
+    rewards: tuple[float, ...]
+    truncated: tuple[bool, ...]
+    timing: Timing
+
+    @property
+    def best(self) -> int:
+        """Index of the highest reward; the first of equals."""
+        return int(np.argmax(self.rewards))
+
+
+async def score(
+    model: TextModel, prompt: Prompt, answers: Sequence[str], *, deadline: float | None = None
+) -> Scored:
+    """Score each answer.
+
+    Args:
+        model: the reward model; rows are float32 [1].
+        prompt: what was asked.
+        answers: at least one; may be empty strings.
+        deadline: `time.monotonic()` after which the caller no longer waits.
+
+    Raises:
+        Overloaded: the queue is full.
+        DeadlineExceeded: the deadline passed before the run.
+        ArithmeticError: the reward model gave no finite number.
+    """
+    readings, timing = await model.answers(prompt.text, answers, deadline=deadline)
+    rewards = tuple(float(reading.row[0]) for reading in readings)
+    if not np.isfinite(rewards).all():
+        raise ArithmeticError(f"the reward model gave {rewards}")
+    return Scored(rewards, tuple(reading.encoded.truncated for reading in readings), timing)

@@ -1,0 +1,153 @@
+"""`bestroute.v1.RoutingService`: proto in, proto out; decides nothing itself."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from bestroute import convert
+from bestroute.config import Server
+from bestroute.errors import InvalidRequest
+from bestroute.router import Router
+from bestroute.status import Context, status_of, unary
+from bestroute.v1 import routing_pb2 as pb
+from bestroute.wire import Malformed, decoder
+
+NAME = "bestroute.v1.RoutingService"
+
+
+class RoutingService:
+    """The handlers of the service over one router.
+
+    Args:
+        router: decides, scores and generates.
+        limits: what a request may hold.
+    """
+
+    def __init__(self, router: Router, limits: Server) -> None:
+        self._router, self._limits = router, limits
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Register every RPC, with decoders that name what is malformed."""
+        handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            "Route": grpc.unary_unary_rpc_method_handler(
+                unary(self.route), decoder(pb.RouteRequest), pb.RouteResponse.SerializeToString
+            ),
+            "RouteStream": grpc.stream_stream_rpc_method_handler(
+                self.route_stream,
+                decoder(pb.RouteStreamRequest),
+                pb.RouteStreamResponse.SerializeToString,
+            ),
+            "Score": grpc.unary_unary_rpc_method_handler(
+                unary(self.score), decoder(pb.ScoreRequest), pb.ScoreResponse.SerializeToString
+            ),
+            "ListArms": grpc.unary_unary_rpc_method_handler(
+                unary(self.list_arms),
+                decoder(pb.ListArmsRequest),
+                pb.ListArmsResponse.SerializeToString,
+            ),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(NAME, handlers),))
+
+    async def route(self, request: pb.RouteRequest, context: Context) -> pb.RouteResponse:
+        """Decide."""
+        return await self._route(request, _deadline(context))
+
+    async def route_stream(
+        self,
+        requests: AsyncIterator[pb.RouteStreamRequest | Malformed[pb.RouteStreamRequest]],
+        context: Context,
+    ) -> None:
+        """Decide for each message, many at once, and answer as each is ready."""
+        window = asyncio.Semaphore(self._limits.stream_window)
+        writing = asyncio.Lock()
+        deadline = _deadline(context)
+
+        async def answer(message: pb.RouteStreamRequest | Malformed[pb.RouteStreamRequest]) -> None:
+            try:
+                response = await self._stream_answer(message, deadline)
+                async with writing:
+                    await context.write(response)
+            finally:
+                window.release()
+
+        async with asyncio.TaskGroup() as answers:
+            async for message in requests:
+                await window.acquire()
+                answers.create_task(answer(message))
+
+    async def score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
+        """Score given answers."""
+        limits = self._limits
+        prompt = convert.prompt(request, limits.max_prompt_bytes)
+        answers = convert.answers(request, limits.max_responses, limits.max_prompt_bytes)
+        scored = await self._router.score(prompt, answers, deadline=_deadline(context))
+        return pb.ScoreResponse(
+            request_id=request.request_id,
+            rewards=scored.rewards,
+            best=scored.best,
+            truncated=scored.truncated,
+            bundle_version=self._router.manifest.version,
+            timing=convert.timing(scored.timing),
+        )
+
+    async def list_arms(self, request: pb.ListArmsRequest, context: Context) -> pb.ListArmsResponse:
+        """List the pool, its prices and its calibration."""
+        manifest, prices = self._router.manifest, self._router.prices
+        return pb.ListArmsResponse(
+            bundle_version=manifest.version,
+            reference_model=manifest.reference_model,
+            models=[
+                pb.Model(
+                    name=model.name,
+                    input_usd_per_mtok=prices[model.name].input_usd_per_mtok,
+                    output_usd_per_mtok=prices[model.name].output_usd_per_mtok,
+                    mean_output_tokens=model.mean_output_tokens,
+                )
+                for model in manifest.models
+            ],
+            arms=convert.arms(self._router.rules.arms()),
+            calibration=[pb.Point(**point.model_dump()) for point in manifest.curve],
+        )
+
+    async def _stream_answer(
+        self,
+        message: pb.RouteStreamRequest | Malformed[pb.RouteStreamRequest],
+        deadline: float | None,
+    ) -> pb.RouteStreamResponse:
+        if isinstance(message, Malformed):
+            return pb.RouteStreamResponse(
+                request_id=message.request_id, error=status_of(message.error)
+            )
+        request_id = message.request.request_id
+        try:
+            response = await self._route(message.request, deadline)
+        except InvalidRequest as error:
+            return pb.RouteStreamResponse(
+                request_id=request_id, error=status_of(error.within("request"))
+            )
+        except Exception as error:
+            return pb.RouteStreamResponse(request_id=request_id, error=status_of(error))
+        return pb.RouteStreamResponse(request_id=request_id, response=response)
+
+    async def _route(self, request: pb.RouteRequest, deadline: float | None) -> pb.RouteResponse:
+        prompt = convert.prompt(request, self._limits.max_prompt_bytes)
+        policy = convert.policy(request.policy)
+        try:
+            routed = await self._router.decide(prompt, policy, deadline=deadline)
+        except InvalidRequest as error:
+            raise error.within("policy") from error
+        return convert.route_response(
+            request.request_id,
+            routed,
+            self._router.manifest.version,
+            explain=request.explain,
+        )
+
+
+def _deadline(context: Context) -> float | None:
+    """The caller's deadline on the clock of `time.monotonic`; None if it set none."""
+    remaining = context.time_remaining()
+    return None if remaining is None else time.monotonic() + remaining

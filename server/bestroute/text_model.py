@@ -1,0 +1,131 @@
+"""A network behind its tokenizer and its batcher: texts in, float32 rows out.
+
+The router and the reward model are both one of these.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from bestroute.batching import Batcher
+from bestroute.bundle import Bundle, Network
+from bestroute.config import Settings
+from bestroute.engine import Engine, Row, budget, preferred_precisions
+from bestroute.tokenizer import Encoded, Tokenizer
+
+_INLINE_BYTES = 256
+"""Texts up to this length are tokenized on the event loop: a thread's hop would take longer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Where the time of a call went; seconds, and the inputs in the largest run it was part of."""
+
+    tokenize: float
+    queue: float
+    inference: float
+    batch_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One text as the network saw it: what went in, and the row that came out, float32 [K]."""
+
+    encoded: Encoded
+    row: Row
+
+
+class TextModel:
+    """Made by `open_text_model`; see there.
+
+    Attributes:
+        tokenizer: what turns texts into this network's inputs.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        batcher: Batcher[Encoded, Row],
+        threads: ThreadPoolExecutor,
+    ) -> None:
+        self._engine, self.tokenizer, self._batcher = engine, tokenizer, batcher
+        self._threads = threads
+
+    async def prompt(self, text: str, *, deadline: float | None = None) -> tuple[Reading, Timing]:
+        """Read a prompt.
+
+        Args:
+            text: not empty.
+            deadline: `time.monotonic()` after which the caller no longer waits.
+
+        Raises:
+            Overloaded: the queue is full.
+            DeadlineExceeded: the deadline passed before the run.
+        """
+        readings, timing = await self._read(
+            lambda: [self.tokenizer.prompt(text)], len(text), deadline
+        )
+        return readings[0], timing
+
+    async def answers(
+        self, prompt: str, answers: Sequence[str], *, deadline: float | None = None
+    ) -> tuple[list[Reading], Timing]:
+        """Read each answer with its prompt; raises as `prompt` does."""
+        return await self._read(
+            lambda: self.tokenizer.pairs(prompt, answers),
+            len(prompt) + sum(map(len, answers)),
+            deadline,
+        )
+
+    def read_now(self, encoded: Encoded) -> Row:
+        """Run one input at once, blocking, past the batcher: for checks before serving."""
+        return self._engine.run([encoded.ids])[0]
+
+    async def _read(
+        self, encode: Callable[[], list[Encoded]], characters: int, deadline: float | None
+    ) -> tuple[list[Reading], Timing]:
+        start = time.monotonic()
+        if characters <= _INLINE_BYTES:
+            encoded = encode()
+        else:
+            loop = asyncio.get_running_loop()
+            encoded = await loop.run_in_executor(self._threads, encode)
+        tokenize = time.monotonic() - start
+        done = await self._batcher.submit_all(encoded, deadline=deadline)
+        timing = Timing(
+            tokenize,
+            max(each.queued for each in done),
+            max(each.ran for each in done),
+            max(each.batch_size for each in done),
+        )
+        return [Reading(e, d.value) for e, d in zip(encoded, done, strict=True)], timing
+
+
+@asynccontextmanager
+async def open_text_model(
+    bundle: Bundle, network: Network, settings: Settings
+) -> AsyncIterator[TextModel]:
+    """Load a network of the bundle, warm it up and serve it while the block lasts.
+
+    Raises:
+        BundleInvalid: the bundle has no such file, or the network can't be loaded.
+        ConfigInvalid: the engine's provider can't be loaded.
+    """
+    path = bundle.network_path(network, preferred_precisions(settings.engine))
+    engine = await asyncio.to_thread(Engine, path, settings.engine, max_tokens=network.max_tokens)
+    tokenizer = Tokenizer(bundle.tokenizer_path, max_tokens=network.max_tokens)
+    batcher = Batcher[Encoded, Row](
+        lambda batch: engine([each.ids for each in batch]),
+        length=lambda each: len(each.ids),
+        budget=budget(settings.batching, settings.engine),
+        max_queue=settings.batching.max_queue,
+    )
+    with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as threads:
+        async with engine:
+            await asyncio.to_thread(engine.warm_up)
+            async with batcher.running():
+                yield TextModel(engine, tokenizer, batcher, threads)

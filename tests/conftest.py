@@ -1,0 +1,47 @@
+"""Fixtures: a tiny bundle, and real servers on free ports."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import pytest
+from tests import tiny
+
+from bestroute.app import Running, serving
+from bestroute.config import Batching, Server, Settings
+from bestroute.v1 import routing_pb2_grpc
+
+pytest_plugins = ["tests.upstreams"]
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write(tmp_path_factory.mktemp("bundle"))
+
+
+@pytest.fixture
+def settings(tiny_bundle: Path) -> Settings:
+    """The tiny bundle on a free port of loopback."""
+    return Settings(
+        bundle=tiny_bundle,
+        server=Server(listen="127.0.0.1:0", drain_timeout=5),
+        batching=Batching(max_padded_tokens=256),
+    )
+
+
+@pytest.fixture
+async def server(settings: Settings) -> AsyncIterator[Running]:
+    """A real server with the tiny bundle."""
+    async with serving(settings) as running:
+        yield running
+
+
+@pytest.fixture
+async def channel(server: Running) -> AsyncIterator[grpc.aio.Channel]:
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        yield channel
+
+
+@pytest.fixture
+def stub(channel: grpc.aio.Channel) -> routing_pb2_grpc.RoutingServiceAsyncStub:
+    return routing_pb2_grpc.RoutingServiceStub(channel)

@@ -1,0 +1,302 @@
+"""The batcher: `take_batch` by properties, the loop by random schedules and named cases."""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bestroute.batching import MAX_PADDING, Batcher, Budget, Pending, take_batch
+from bestroute.errors import DeadlineExceeded, Overloaded
+
+NOW = 1000.0
+
+
+@dataclass(frozen=True)
+class Spec:
+    """How to make an entry; `abandoned` means that its caller has left."""
+
+    length: int
+    late: bool
+    abandoned: bool
+
+
+specs = st.builds(Spec, st.integers(1, 300), st.booleans(), st.booleans())
+budgets = st.builds(Budget, st.integers(1, 8), st.integers(1, 600))
+
+
+def entries(loop: asyncio.AbstractEventLoop, made: Sequence[Spec]) -> list[Pending[int, None]]:
+    pending = []
+    for index, spec in enumerate(made):
+        deadline = NOW - 1 if spec.late else None
+        entry = Pending[int, None](index, spec.length, deadline, loop.create_future())
+        if spec.abandoned:
+            entry.reply.cancel()
+        pending.append(entry)
+    return pending
+
+
+@given(st.lists(specs, max_size=60), budgets)
+def test_take_batch_keeps_its_promises(made: list[Spec], budget: Budget) -> None:
+    """Within budget, dense, oldest first, in order; nothing lost, nothing late or abandoned run."""
+    loop = asyncio.new_event_loop()
+    try:
+        before = entries(loop, made)
+    finally:
+        loop.close()
+    queue = deque(before)
+
+    batch, late = take_batch(queue, budget, NOW)
+
+    live = [e for e in before if not e.reply.done() and e.deadline is None]
+    lengths = [e.length for e in batch]
+    assert len(batch) <= budget.max_items
+    if len(batch) > 1:
+        assert max(lengths) * len(batch) <= budget.max_padded_tokens
+        assert sum(lengths) >= (1 - MAX_PADDING) * max(lengths) * len(batch)
+    assert batch[:1] == live[:1], "the oldest live entry always runs"
+    assert [e.item for e in batch] == sorted(e.item for e in batch)
+    assert all(not e.reply.done() and e.deadline is None for e in batch)
+    assert all(e.deadline is not None and not e.reply.done() for e in late)
+    gone = [e for e in before if e not in batch and e not in late and e not in queue]
+    assert all(e.reply.done() for e in gone), "only abandoned entries may vanish"
+    assert [e.item for e in queue] == sorted(e.item for e in queue), "the rest keeps its order"
+    for taken in batch:
+        overtaken = [e for e in live if e.item < taken.item and e not in batch]
+        assert taken.length not in {e.length for e in overtaken}, (
+            "equals go first come, first served"
+        )
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=40), budgets)
+def test_take_batch_is_never_idle(lengths: list[int], budget: Budget) -> None:
+    """A queue with live entries empties in at most as many batches as it has entries."""
+    loop = asyncio.new_event_loop()
+    try:
+        queue = deque(entries(loop, [Spec(length, False, False) for length in lengths]))
+    finally:
+        loop.close()
+
+    served = []
+    while queue:
+        batch, _ = take_batch(queue, budget, NOW)
+        assert batch
+        served += [e.item for e in batch]
+
+    assert sorted(served) == list(range(len(lengths)))
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.just("submit"), st.integers(1, 50)),
+            st.tuples(st.just("submit-failing"), st.integers(1, 50)),
+            st.tuples(st.just("submit-late"), st.integers(1, 50)),
+            st.tuples(st.just("leave"), st.integers(0, 30)),
+            st.tuples(st.just("tick"), st.integers(1, 3)),
+        ),
+        max_size=40,
+    ),
+    st.integers(1, 6),
+)
+@settings(max_examples=150, deadline=None)
+def test_every_accepted_item_resolves_exactly_once(
+    schedule: list[tuple[str, int]], max_queue: int
+) -> None:
+    """Under any mix of failures, departures and deadlines; those who left early never run."""
+    asyncio.run(_play(schedule, max_queue))
+
+
+async def _play(schedule: list[tuple[str, int]], max_queue: int) -> None:
+    budget = Budget(3, 60)
+    ran: list[int] = []
+    outcomes: dict[int, str] = {}
+    left_before_running: set[int] = set()
+    tasks: dict[int, asyncio.Task[None]] = {}
+
+    async def run(batch: Sequence[tuple[int, int, bool]]) -> list[int]:
+        assert len(batch) <= budget.max_items
+        if len(batch) > 1:
+            longest = max(length for _, length, _ in batch)
+            assert longest * len(batch) <= budget.max_padded_tokens
+        ran.extend(number for number, _, _ in batch)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        if any(fails for _, _, fails in batch):
+            raise ArithmeticError("engine")
+        return [number * 10 for number, _, _ in batch]
+
+    async def call(number: int, length: int, kind: str) -> None:
+        deadline = time.monotonic() + 1e-4 if kind == "submit-late" else None
+        try:
+            done = await batcher.submit(
+                (number, length, kind == "submit-failing"), deadline=deadline
+            )
+            outcome = "done"
+            assert done.value == number * 10
+        except ArithmeticError:
+            outcome = "failed"
+        except Overloaded:
+            outcome = "refused"
+        except DeadlineExceeded:
+            outcome = "late"
+        except asyncio.CancelledError:
+            outcome = "left"
+        assert number not in outcomes
+        outcomes[number] = outcome
+
+    batcher = Batcher[tuple[int, int, bool], int](
+        run, length=lambda item: item[1], budget=budget, max_queue=max_queue
+    )
+    async with batcher.running():
+        for kind, value in schedule:
+            if kind == "tick":
+                for _ in range(value):
+                    await asyncio.sleep(0)
+            elif kind == "leave":
+                if (task := tasks.get(value)) and not task.done():
+                    if value not in ran:
+                        left_before_running.add(value)
+                    task.cancel()
+            else:
+                number = len(tasks)
+                tasks[number] = asyncio.create_task(call(number, value, kind))
+                await asyncio.sleep(0)  # a task cancelled before its first step never submits
+        await asyncio.gather(*tasks.values())
+
+    assert set(outcomes) == set(tasks)
+    assert len(ran) == len(set(ran)), "nothing runs twice"
+    refused = {n for n, outcome in outcomes.items() if outcome in ("refused", "late")}
+    assert not refused & set(ran), "what was refused or late never reached the engine"
+    assert not left_before_running & set(ran), "whoever left before their turn never runs"
+
+
+def batcher_of(run: object, **options: object) -> Batcher[str, str]:
+    return Batcher(
+        run,  # type: ignore[arg-type]
+        length=len,
+        budget=Budget(8, 100),
+        **{"max_queue": 10} | options,  # type: ignore[arg-type]
+    )
+
+
+async def test_what_waits_together_runs_together() -> None:
+    """While one batch runs the next one gathers; nobody waits for a timer."""
+    sizes: list[int] = []
+    gate = asyncio.Event()
+
+    async def run(batch: Sequence[str]) -> list[str]:
+        sizes.append(len(batch))
+        await gate.wait()
+        return list(batch)
+
+    batcher = batcher_of(run)
+    async with batcher.running(), asyncio.TaskGroup() as calls:
+        first = calls.create_task(batcher.submit("a"))
+        while not sizes:
+            await asyncio.sleep(0)
+        rest = [calls.create_task(batcher.submit(word)) for word in "bcd"]
+        await asyncio.sleep(0)
+        gate.set()
+
+    assert sizes == [1, 3]
+    assert (await first).batch_size == 1
+    assert [(await each).value for each in rest] == ["b", "c", "d"]
+
+
+async def test_a_failing_batch_fails_only_itself() -> None:
+    async def run(batch: Sequence[str]) -> list[str]:
+        if "x" in batch:
+            raise ArithmeticError("bad batch")
+        return list(batch)
+
+    batcher = batcher_of(run)
+    async with batcher.running():
+        with pytest.raises(ArithmeticError, match="bad batch"):
+            await batcher.submit("x")
+
+        assert (await batcher.submit("y")).value == "y"
+
+
+async def test_a_wrong_number_of_outputs_is_an_error_not_a_hang() -> None:
+    async def run(batch: Sequence[str]) -> list[str]:
+        return []
+
+    batcher = batcher_of(run)
+    async with batcher.running():
+        with pytest.raises(RuntimeError, match="0 outputs for 1 items"):
+            await batcher.submit("x")
+
+
+async def test_a_full_queue_refuses_before_queueing_and_says_when_to_retry() -> None:
+    gate = asyncio.Event()
+
+    async def run(batch: Sequence[str]) -> list[str]:
+        await gate.wait()
+        return list(batch)
+
+    batcher = batcher_of(run, max_queue=2)
+    async with batcher.running(), asyncio.TaskGroup() as calls:
+        accepted = [calls.create_task(batcher.submit("a"))]
+        await asyncio.sleep(0.01)
+        accepted.append(calls.create_task(batcher.submit_all(["b", "c"])))  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded) as refusal:
+            await batcher.submit("d")
+        gate.set()
+
+    assert refusal.value.retry_after > 0
+    assert all(each.done() for each in accepted)
+
+
+async def test_a_deadline_that_has_passed_is_refused_at_once() -> None:
+    async def run(batch: Sequence[str]) -> list[str]:
+        raise AssertionError("must not run")
+
+    batcher = batcher_of(run)
+    async with batcher.running():
+        with pytest.raises(DeadlineExceeded):
+            await batcher.submit("a", deadline=time.monotonic() - 1)
+
+
+async def test_leaving_the_block_answers_what_is_queued_and_refuses_the_rest() -> None:
+    async def run(batch: Sequence[str]) -> list[str]:
+        await asyncio.sleep(0.01)
+        return list(batch)
+
+    batcher = batcher_of(run)
+    async with batcher.running():
+        queued = asyncio.create_task(batcher.submit("a"))
+        await asyncio.sleep(0)
+
+    assert (await queued).value == "a"
+    with pytest.raises(Overloaded):
+        await batcher.submit("b")
+
+
+async def test_cancelling_the_loop_resolves_everyone() -> None:
+    """Even a hard stop leaves no caller waiting for ever."""
+
+    async def run(batch: Sequence[str]) -> list[str]:
+        await asyncio.sleep(3600)
+        return list(batch)
+
+    batcher = batcher_of(run)
+
+    async def serve() -> None:
+        async with batcher.running():
+            await asyncio.sleep(3600)
+
+    serving = asyncio.create_task(serve())
+    await asyncio.sleep(0)
+    calls = [asyncio.create_task(batcher.submit(word)) for word in ("a", "b" * 90)]
+    await asyncio.sleep(0.01)
+    serving.cancel()
+
+    outcomes = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 1)
+
+    assert all(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes)
