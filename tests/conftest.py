@@ -43,5 +43,5 @@ async def channel(server: Running) -> AsyncIterator[grpc.aio.Channel]:
 
 
 @pytest.fixture
-def stub(channel: grpc.aio.Channel) -> routing_pb2_grpc.RoutingServiceAsyncStub:
+def stub(channel: grpc.aio.Channel) -> "routing_pb2_grpc.RoutingServiceAsyncStub":
     return routing_pb2_grpc.RoutingServiceStub(channel)

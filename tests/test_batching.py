@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bestroute import batching
 from bestroute.batching import MAX_PADDING, Batcher, Budget, Pending, take_batch
 from bestroute.errors import DeadlineExceeded, Overloaded
 
@@ -187,18 +188,18 @@ def batcher_of(run: object, **options: object) -> Batcher[str, str]:
 async def test_what_waits_together_runs_together() -> None:
     """While one batch runs the next one gathers; nobody waits for a timer."""
     sizes: list[int] = []
-    gate = asyncio.Event()
+    started, gate = asyncio.Event(), asyncio.Event()
 
     async def run(batch: Sequence[str]) -> list[str]:
         sizes.append(len(batch))
+        started.set()
         await gate.wait()
         return list(batch)
 
     batcher = batcher_of(run)
     async with batcher.running(), asyncio.TaskGroup() as calls:
         first = calls.create_task(batcher.submit("a"))
-        while not sizes:
-            await asyncio.sleep(0)
+        await started.wait()
         rest = [calls.create_task(batcher.submit(word)) for word in "bcd"]
         await asyncio.sleep(0)
         gate.set()
@@ -300,3 +301,28 @@ async def test_cancelling_the_loop_resolves_everyone() -> None:
     outcomes = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 1)
 
     assert all(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes)
+
+
+async def test_an_error_in_the_block_comes_out_as_it_is() -> None:
+    async def run(batch: Sequence[str]) -> list[str]:
+        return list(batch)
+
+    with pytest.raises(ArithmeticError, match="mine"):
+        async with batcher_of(run).running():
+            raise ArithmeticError("mine")
+
+
+async def test_a_bug_in_the_loop_ends_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It must take the process down, not leave a server that accepts and never answers."""
+
+    async def run(batch: Sequence[str]) -> list[str]:
+        return list(batch)
+
+    def broken(*_: object) -> None:
+        raise AssertionError("bug")
+
+    monkeypatch.setattr(batching, "take_batch", broken)
+    batcher = batcher_of(run)
+    with pytest.raises(AssertionError, match="bug"):
+        async with batcher.running():
+            await batcher.submit("a")

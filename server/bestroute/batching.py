@@ -146,15 +146,24 @@ class Batcher(Generic[In, Out]):
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Serve while the block lasts; on leaving, refuse new items and finish those queued."""
-        async with asyncio.TaskGroup() as tasks:
-            self._open = True
-            tasks.create_task(self._serve(), name="batcher")
-            try:
-                yield
-            finally:
-                self._open = False
-                self._wake.set()
+        """Serve while the block lasts; on leaving, refuse new items and finish those queued.
+
+        A bug in the loop cancels the block and comes out of it: it is never logged and lost.
+        """
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._open = True
+                tasks.create_task(self._serve(), name="batcher")
+                try:
+                    yield
+                finally:
+                    self._open = False
+                    self._wake.set()
+        except BaseExceptionGroup as group:
+            if len(group.exceptions) > 1:
+                raise
+            # The block's own error should look as if there were no group around it.
+            raise group.exceptions[0] from None
 
     async def submit(self, item: In, *, deadline: float | None = None) -> Done[Out]:
         """Run one item; see `submit_all`."""

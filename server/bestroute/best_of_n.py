@@ -6,6 +6,7 @@ failures, deadlines, early stopping, escalation to the reference, and the bill.
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -188,17 +189,23 @@ class BestOfN:
             await asyncio.gather(run, return_exceptions=True)
 
 
-@dataclass(slots=True)
 class _Draft:
-    """A candidate in the making; it is reported once it has ended and isn't being scored."""
+    """A candidate in the making.
 
-    index: int
-    model: str
-    complete: bool = False
-    ended: Ended | None = None
-    scoring: bool = False
-    reward: float | None = None
-    reported: Candidate | None = None
+    Attributes:
+        text: the answer once it is complete; `settled` is set when it is, or can't be any more.
+        reward: None until it is scored.
+        end: the providers' last word on it; `ended` is set when it has come.
+    """
+
+    def __init__(self, index: int, model: str) -> None:
+        self.index, self.model = index, model
+        self.text: str | None = None
+        self.settled = asyncio.Event()
+        self.reward: float | None = None
+        self.end = Ended(index, "", CANCELLED, Usage())  # stands if cancelled before it began
+        self.ended = asyncio.Event()
+        self.reported = False
 
 
 class _Run:
@@ -206,12 +213,13 @@ class _Run:
 
     def __init__(self, pool: BestOfN, task: Task, emit: Callable[[Event], None]) -> None:
         self._pool, self._task, self._emit = pool, task, emit
-        self._loop = asyncio.get_running_loop()
         self._drafts: list[_Draft] = []
+        self._candidates: list[Candidate] = []
         self._first_text: float | None = None
-        self._cut: asyncio.TimerHandle | None = None
+        self._some_complete = asyncio.Event()
 
     async def run(self) -> None:
+        """Draw, escalate if need be, and emit the result."""
         task, pool = self._task, self._pool
         may_escalate = (
             task.execution.escalate
@@ -219,12 +227,150 @@ class _Run:
             and pool.reference != task.model
             and pool.reference in pool.providers.models
         )
-        try:
-            await self._draw(task.model, task.samples, score=task.samples > 1 or may_escalate)
-            escalated = may_escalate and self._is_poor()
-            if escalated:
-                await self._draw(pool.reference, 1, score=True)
-        finally:
-            if self._cut is not None:
-                self._cut.cancel()
+        await self._draw(task.model, task.samples, scored=task.samples > 1 or may_escalate)
+        escalated = may_escalate and self._is_poor()
+        if escalated:
+            await self._draw(pool.reference, 1, scored=True)
         self._emit(self._result(escalated))
+
+    async def _draw(self, model: str, samples: int, *, scored: bool) -> None:
+        """Draw samples and score them; every one is reported, come what may."""
+        task, first = self._task, len(self._drafts)
+        drafts = [_Draft(first + i, model) for i in range(samples)]
+        self._drafts += drafts
+        try:
+            async with (
+                asyncio.timeout_at(self._before_deadline(GIVE_UP_BEFORE_DEADLINE)),
+                asyncio.TaskGroup() as tasks,
+            ):
+                indices = range(first, first + samples)
+                sampling = tasks.create_task(
+                    self._pool.providers.sample(
+                        model, task.prompt, indices, task.sampling, self._take
+                    )
+                )
+                for draft in drafts:
+                    tasks.create_task(self._follow(draft, sampling, scored=scored))
+                await self._until_cut(sampling)
+                for draft in drafts:
+                    draft.settled.set()
+                    draft.ended.set()
+        except TimeoutError:
+            pass  # what is complete by now has to do
+        for draft in drafts:
+            self._report(draft)
+
+    async def _until_cut(self, sampling: asyncio.Task[None]) -> None:
+        """Wait for the sampling to end, but not past the cut once an answer is complete."""
+        cut = self._before_deadline(CUT_BEFORE_DEADLINE)
+        await asyncio.wait([sampling], timeout=None if cut is None else cut - time.monotonic())
+        complete = asyncio.ensure_future(self._some_complete.wait())
+        await asyncio.wait([sampling, complete], return_when=asyncio.FIRST_COMPLETED)
+        complete.cancel()
+        sampling.cancel()
+        await asyncio.wait([sampling])
+
+    def _take(self, progress: Progress) -> None:
+        """Note what a provider did."""
+        draft = self._drafts[progress.candidate]
+        match progress:
+            case Delta():
+                if self._first_text is None:
+                    self._first_text = time.monotonic()
+                self._emit(progress)
+            case Finished():
+                draft.text = progress.text
+                draft.settled.set()
+                self._some_complete.set()
+            case Ended():
+                draft.end = progress
+                draft.settled.set()
+                draft.ended.set()
+
+    async def _follow(self, draft: _Draft, sampling: asyncio.Task[None], *, scored: bool) -> None:
+        """Score a candidate as soon as its text is complete; report it when it has ended."""
+        await draft.settled.wait()
+        if scored and draft.text is not None:
+            draft.reward = await self._reward(draft.text)
+            if self._is_enough(draft.reward):
+                sampling.cancel()
+        await draft.ended.wait()
+        self._report(draft)
+
+    async def _reward(self, text: str) -> float | None:
+        try:
+            [reward] = await self._pool.scores(self._task.prompt, [text])
+        except Exception:  # whatever it is, an answer that was paid for isn't lost over it
+            _log.warning("a candidate could not be scored", exc_info=True)
+            return None
+        return reward
+
+    def _is_enough(self, reward: float | None) -> bool:
+        """Whether to stop candidates that are still being written."""
+        accept = self._pool.accept_reward
+        return (
+            self._task.execution.early_stop
+            and accept is not None
+            and reward is not None
+            and reward >= accept
+            and not all(draft.settled.is_set() for draft in self._drafts)
+        )
+
+    def _is_poor(self) -> bool:
+        """Whether the best reward asks for the reference, and there is time left for it."""
+        floor, answer = self._pool.escalate_reward, best(self._candidates)
+        cut = self._before_deadline(CUT_BEFORE_DEADLINE)
+        return (
+            floor is not None
+            and answer is not None
+            and answer.reward is not None
+            and answer.reward < floor
+            and (cut is None or time.monotonic() < cut)
+        )
+
+    def _report(self, draft: _Draft) -> None:
+        if draft.reported:
+            return
+        draft.reported = True
+        end = draft.end
+        candidate = Candidate(
+            draft.index,
+            draft.model,
+            end.text,
+            draft.reward,
+            end.usage,
+            end.finish_reason,
+            end.error,
+        )
+        self._candidates.append(candidate)
+        self._emit(candidate)
+
+    def _result(self, escalated: bool) -> Result:
+        answer = best(self._candidates)
+        if answer is None or self._first_text is None:
+            raise _failure(self._candidates)
+        return Result(
+            candidate=answer.index,
+            model=answer.model,
+            text=answer.text,
+            usage=sum((c.usage for c in self._candidates), Usage()),
+            cost_usd=sum(cost(c.usage, self._pool.prices[c.model]) for c in self._candidates),
+            candidates_cancelled=sum(c.finish_reason == CANCELLED for c in self._candidates),
+            time_to_first_token=self._first_text - self._task.started,
+            duration=time.monotonic() - self._task.started,
+            escalated=escalated,
+        )
+
+    def _before_deadline(self, seconds: float) -> float | None:
+        deadline = self._task.deadline
+        return None if deadline is None else deadline - seconds
+
+
+def _failure(candidates: Sequence[Candidate]) -> ProviderFailed | DeadlineExceeded:
+    """Why none of the candidates is complete."""
+    words = "; ".join(dict.fromkeys(str(c.error) for c in candidates if c.error is not None))
+    if any(c.finish_reason == CANCELLED for c in candidates):
+        return DeadlineExceeded(
+            "the deadline came before any answer was complete" + (f" ({words})" if words else "")
+        )
+    return ProviderFailed(words)

@@ -1,13 +1,20 @@
 """Between the contract's messages and the domain's values; refuses what breaks the contract."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from google.protobuf.duration_pb2 import Duration
 
+from bestroute.best_of_n import Candidate, Execution, Result
+from bestroute.completion import Delta, Usage
+from bestroute.config import Server
 from bestroute.decision import Fallback, Option, Policy
 from bestroute.errors import InvalidRequest
 from bestroute.prompt import ROLES, Message, Prompt
-from bestroute.router import Routed
+from bestroute.providers import Sampling
+from bestroute.router import Order, Routed
+from bestroute.status import status_of
 from bestroute.text_model import Timing
 from bestroute.v1 import routing_pb2 as pb
 
@@ -61,11 +68,62 @@ def policy(message: pb.RoutingPolicy) -> Policy:
     target = message.WhichOneof("target")
     return Policy(
         **({target: getattr(message, target)} if target else {}),
-        allowed_models=tuple(message.allowed_models),
+        allowed_models=tuple(message.allowed_models) or None,
         max_samples=message.max_samples or None,
         max_cost_usd=None if message.max_cost_usd == 0 else message.max_cost_usd,
         expected_output_tokens=message.expected_output_tokens or None,
     )
+
+
+def sampling(message: pb.Sampling) -> Sampling:
+    """The domain's sampling.
+
+    Raises:
+        InvalidRequest: a number is out of its range.
+    """
+    given = {field.name: value for field, value in message.ListFields() if field.name != "stop"}
+    for field, lowest, highest in (
+        ("max_output_tokens", 1, math.inf),
+        ("temperature", 0, 2),
+        ("top_p", math.ulp(0), 1),
+    ):
+        if field in given and not lowest <= given[field] <= highest:  # NaN fails this too
+            raise InvalidRequest(field, f"must be in [{lowest:.0f}, {highest}], got {given[field]}")
+    if "" in message.stop:
+        raise InvalidRequest("stop", "must not contain an empty string")
+    return Sampling(**given, stop=tuple(message.stop))
+
+
+def order(
+    request: pb.GenerateRequest, limits: Server, started: float, deadline: float | None
+) -> Order:
+    """What to generate.
+
+    Raises:
+        InvalidRequest: names the field, from `GenerateRequest` down.
+    """
+    with within("request"):
+        asked = prompt(request.request, limits.max_prompt_bytes)
+    with within("sampling"):
+        how = sampling(request.sampling)
+    execution = Execution(request.execution.early_stop, request.execution.escalate)
+    chosen = None
+    if request.HasField("arm"):
+        if request.arm.samples > limits.max_responses:
+            raise InvalidRequest(
+                "arm.samples", f"must be at most {limits.max_responses}, got {request.arm.samples}"
+            )
+        chosen = (request.arm.model, request.arm.samples or 1)
+    return Order(asked, policy(request.request.policy), how, execution, chosen, started, deadline)
+
+
+@contextmanager
+def within(parent: str) -> Iterator[None]:
+    """Name the fields of an InvalidRequest from the message that holds them in `parent`."""
+    try:
+        yield
+    except InvalidRequest as error:
+        raise error.within(parent) from error
 
 
 def answers(request: pb.ScoreRequest, max_answers: int, max_bytes: int) -> list[str]:
@@ -138,3 +196,46 @@ def duration(seconds: float) -> Duration:
     """A duration, to the nanosecond."""
     whole, fraction = divmod(round(seconds * 1e9), 1_000_000_000)
     return Duration(seconds=whole, nanos=fraction)
+
+
+def event(value: Delta | Candidate | Result, reference_cost_usd: float) -> pb.GenerateResponse:
+    """The message for what happened to an answer in the making."""
+    match value:
+        case Delta():
+            return pb.GenerateResponse(delta=pb.Delta(candidate=value.candidate, text=value.text))
+        case Candidate():
+            return pb.GenerateResponse(
+                candidate=pb.Candidate(
+                    index=value.index,
+                    model=value.model,
+                    text=value.text,
+                    reward=value.reward,
+                    usage=usage(value.usage),
+                    finish_reason=value.finish_reason,
+                    error=status_of(value.error) if value.error else None,
+                )
+            )
+        case Result():
+            return pb.GenerateResponse(
+                result=pb.Result(
+                    candidate=value.candidate,
+                    model=value.model,
+                    text=value.text,
+                    usage=usage(value.usage),
+                    cost_usd=value.cost_usd,
+                    reference_cost_usd=reference_cost_usd,
+                    candidates_cancelled=value.candidates_cancelled,
+                    time_to_first_token=duration(value.time_to_first_token),
+                    duration=duration(value.duration),
+                    escalated=value.escalated,
+                )
+            )
+
+
+def usage(value: Usage) -> pb.Usage:
+    """The message for tokens used."""
+    return pb.Usage(
+        input_tokens=value.input_tokens,
+        output_tokens=value.output_tokens,
+        estimated=value.estimated,
+    )

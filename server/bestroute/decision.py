@@ -25,7 +25,7 @@ class Policy:
     match_threshold: float | None = None
     max_quality_drop: float | None = None
     min_cost_saving: float | None = None
-    allowed_models: tuple[str, ...] = ()
+    allowed_models: tuple[str, ...] | None = None
     max_samples: int | None = None
     max_cost_usd: float | None = None
     expected_output_tokens: int | None = None
@@ -76,7 +76,7 @@ class Rules:
         self._input_usd = np.array([prices[arm.model].input_usd_per_mtok for arm in arms])
         self._output_usd = np.array([prices[arm.model].output_usd_per_mtok for arm in arms])
         self._output_tokens = np.array([manifest.model(a.model).mean_output_tokens for a in arms])
-        self._reference_price = prices[manifest.reference_model]
+        self._prices = prices
 
     def check(self, policy: Policy) -> None:
         """Refuse a policy that can't be followed.
@@ -87,15 +87,16 @@ class Rules:
         for field in ("match_threshold", "max_quality_drop", "min_cost_saving"):
             value = getattr(policy, field)
             if value is not None and not 0 <= value <= 1:  # NaN fails this too
-                raise InvalidRequest(field, f"must be in [0, 1], got {value}")
+                raise InvalidRequest(f"policy.{field}", f"must be in [0, 1], got {value}")
         limit = policy.max_cost_usd
         if limit is not None and not (0 < limit < math.inf):
-            raise InvalidRequest("max_cost_usd", f"must be a positive amount, got {limit}")
+            raise InvalidRequest("policy.max_cost_usd", f"must be a positive amount, got {limit}")
         names = [model.name for model in self._manifest.models]
-        for index, name in enumerate(policy.allowed_models):
+        for index, name in enumerate(policy.allowed_models or ()):
             if name not in names:
                 raise InvalidRequest(
-                    f"allowed_models[{index}]", f'there is no model "{name}"{instead(name, names)}'
+                    f"policy.allowed_models[{index}]",
+                    f'there is no model "{name}"{instead(name, names)}',
                 )
         self.threshold(policy)
 
@@ -118,7 +119,7 @@ class Rules:
             if not saving:
                 most = max(point.cost_saving for point in curve)
                 raise InvalidRequest(
-                    "min_cost_saving",
+                    "policy.min_cost_saving",
                     f"the most that this bundle was measured to save is {most:.3f}; "
                     "ask for less, or set match_threshold",
                 )
@@ -152,12 +153,27 @@ class Rules:
         affordable = [option for option, may in zip(options, allowed, strict=True) if may]
         if not affordable:
             raise InvalidRequest(
-                "max_cost_usd",
+                "policy.max_cost_usd",
                 f"no allowed arm costs so little for this prompt; the cheapest of all is estimated "
                 f"at {costs.min():.8f} USD",
             )
         likeliest = max(affordable, key=lambda option: option.match_probability)
         return replace(fallback, arm=likeliest, fallback=Fallback.OVER_BUDGET)
+
+    def fixed(self, model: str, samples: int, prompt_tokens: int, policy: Policy) -> Decision:
+        """The caller's own choice as a decision; its probability is unknown and given as 0.
+
+        Raises:
+            InvalidRequest: the pool has no such model.
+        """
+        names = [each.name for each in self._manifest.models]
+        if model not in names:
+            raise InvalidRequest("arm.model", f'there is no model "{model}"{instead(model, names)}')
+        reference = self._reference(prompt_tokens, policy.expected_output_tokens)
+        cost = self._cost(model, samples, prompt_tokens, policy.expected_output_tokens)
+        probability = 1.0 if model == reference.model else 0.0
+        arm = Option(model, samples, probability, cost)
+        return Decision(arm, reference, self.threshold(policy), None, ())
 
     def without_router(self, prompt_tokens: int, policy: Policy) -> Decision:
         """What to run when the router model has failed: the reference."""
@@ -180,7 +196,7 @@ class Rules:
 
     def _allowed(self, policy: Policy, costs: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
         allowed = np.ones(len(costs), dtype=bool)
-        if policy.allowed_models:
+        if policy.allowed_models is not None:
             names = set(policy.allowed_models)
             allowed &= np.array([arm.model in names for arm in self._manifest.arms])
         if policy.max_samples is not None:
@@ -203,12 +219,20 @@ class Rules:
 
     def _reference(self, prompt_tokens: int, expected_output_tokens: int | None) -> Option:
         name = self._manifest.reference_model
-        mean = self._manifest.model(name).mean_output_tokens
-        cost = estimated_cost(
-            samples=1,
-            input_tokens=prompt_tokens,
-            output_tokens=expected_output_tokens or mean,
-            input_usd_per_mtok=self._reference_price.input_usd_per_mtok,
-            output_usd_per_mtok=self._reference_price.output_usd_per_mtok,
+        return Option(name, 1, 1.0, self._cost(name, 1, prompt_tokens, expected_output_tokens))
+
+    def _cost(
+        self, model: str, samples: int, prompt_tokens: int, expected_output_tokens: int | None
+    ) -> float:
+        price = self._prices[model]
+        return float(
+            estimated_cost(
+                samples=samples,
+                input_tokens=prompt_tokens,
+                output_tokens=expected_output_tokens
+                or self._manifest.model(model).mean_output_tokens,
+                input_usd_per_mtok=price.input_usd_per_mtok,
+                output_usd_per_mtok=price.output_usd_per_mtok,
+                prompts_billed=price.billing.prompts(samples),
+            )
         )
-        return Option(name, 1, 1.0, float(cost))

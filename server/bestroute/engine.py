@@ -11,10 +11,10 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from bestroute.batching import Budget
 from bestroute.bundle import Precision
-from bestroute.config import Batching, ConfigInvalid
+from bestroute.config import ConfigInvalid
 from bestroute.config import Engine as EngineSettings
+from bestroute.errors import BundleInvalid
 
 try:
     import onnxruntime as ort
@@ -31,8 +31,6 @@ _PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
-_PADDED_TOKENS = {"cpu": 512, "cuda": 16_384, "tensorrt": 16_384}
-"""Default budget of a batch. CPU: measured by benchmarks/engine.py. GPU: not measured yet."""
 _WARM_UP_LENGTHS = (16, 64, 128, 256, 512)
 
 
@@ -51,12 +49,6 @@ def preferred_precisions(settings: EngineSettings) -> tuple[Precision, ...]:
     if settings.precision is not None:
         return (settings.precision,)
     return ("fp32", "int8", "fp16") if settings.provider == "cpu" else ("fp16", "fp32", "int8")
-
-
-def budget(batching: Batching, engine: EngineSettings) -> Budget:
-    """The batch budget that the settings ask for, with the provider's default."""
-    padded = batching.max_padded_tokens or _PADDED_TOKENS[engine.provider]
-    return Budget(batching.max_items, padded)
 
 
 class Engine:
@@ -128,12 +120,15 @@ def _session(path: Path, settings: EngineSettings) -> Any:
     options.enable_mem_pattern = False
     # ONNX Runtime's fused SkipLayerNormalization is slower on a CPU than the parts it replaces.
     disabled = ["SkipLayerNormFusion", "BiasGeluFusion"] if settings.provider == "cpu" else []
-    session = ort.InferenceSession(
-        str(path),
-        options,
-        providers=[(provider, _options(settings))],
-        disabled_optimizers=disabled,
-    )
+    try:
+        session = ort.InferenceSession(
+            str(path),
+            options,
+            providers=[(provider, _options(settings))],
+            disabled_optimizers=disabled,
+        )
+    except Exception as error:  # ONNX Runtime's errors have no common base but this
+        raise BundleInvalid(f"{path} can't be loaded: {error}") from error
     # ONNX Runtime falls back to the CPU without an error; a GPU server that does is 100x too slow.
     if session.get_providers()[0] != provider:
         raise ConfigInvalid(

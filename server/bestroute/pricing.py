@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bestroute.bundle import Model
+from bestroute.completion import Usage
 from bestroute.config import ConfigInvalid, Settings, instead
 from bestroute.policy import InputBilling
-from bestroute.completion import Usage
 
 _SAMPLE_TOKENS = 1000
 """Priced to read a list price off genai-prices; few enough for the lowest tier of tiered prices."""

@@ -169,9 +169,12 @@ class _Upstream:
         try:
             # Retries, and the waits that Retry-After asks for, are the client's and keep
             # the place.
-            async with self._places, await self.client.chat.completions.create(
-                **request, stream=True, extra_headers=self._headers
-            ) as stream:
+            async with (
+                self._places,
+                await self.client.chat.completions.create(
+                    **request, stream=True, extra_headers=self._headers
+                ) as stream,
+            ):
                 completion.accepted = True
                 async for chunk in stream:
                     for event in completion.read(chunk):
@@ -196,6 +199,8 @@ def _words(error: Exception) -> str:
     if isinstance(error, openai.APIStatusError):
         said = error.body.get("message") if isinstance(error.body, dict) else error.body
         return f"{error.status_code} {said or error.message}"[:_LONGEST_WORDS]
-    # The client's own words for a lost connection are "Request timed out."; its cause knows better.
+    if isinstance(error, ValueError):
+        return f"a chunk that is no JSON: {error}"[:_LONGEST_WORDS]
+    # The client calls a lost connection "Request timed out."; the cause knows what happened.
     cause = error.__cause__ or error
-    return f"{type(cause).__name__}: {cause}"[:_LONGEST_WORDS]
+    return (str(cause) or type(cause).__name__)[:_LONGEST_WORDS]

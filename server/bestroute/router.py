@@ -6,19 +6,21 @@ routed = await router.decide(Prompt.of("What is 2 + 2?"), Policy())
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from bestroute.best_of_n import BestOfN, Event, Execution, Task
 from bestroute.bundle import DEFAULT_BUNDLE, Bundle, Manifest
 from bestroute.config import Engine as EngineSettings
 from bestroute.config import Settings
 from bestroute.decision import Decision, Policy, Rules
-from bestroute.errors import BestrouteError, BundleInvalid
+from bestroute.errors import BestrouteError, BundleInvalid, ProviderFailed
 from bestroute.pricing import ModelPrice, prices
 from bestroute.prompt import Prompt
+from bestroute.providers import Providers, Sampling
 from bestroute.scoring import Scored, score
 from bestroute.text_model import TextModel, Timing, open_text_model
 
@@ -42,23 +44,60 @@ class Routed:
     timing: Timing | None
 
 
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A prompt to answer.
+
+    Attributes:
+        policy: target and limits of the decision.
+        sampling: how the LLM samples.
+        execution: how the samples are run.
+        arm: model and number of samples, to skip the routing; None decides.
+        started: when the request arrived, as `time.monotonic()`.
+        deadline: when the answer is too late, on the same clock; None: never.
+    """
+
+    prompt: Prompt
+    policy: Policy
+    sampling: Sampling
+    execution: Execution
+    arm: tuple[str, int] | None
+    started: float
+    deadline: float | None = None
+
+
 class Router:
-    """Made by `open_router`; see there."""
+    """Made by `open_router`; see there.
+
+    Attributes:
+        manifest: of the bundle it decides by.
+        prices: of every model of the pool, by name.
+        rules: the decision rule over the bundle's arms.
+    """
 
     def __init__(
         self,
         manifest: Manifest,
         router_model: TextModel,
         reward_model: TextModel,
-        model_prices: dict[str, ModelPrice],
+        providers: Providers,
+        prices: dict[str, ModelPrice],
         *,
         fail_open: bool,
     ) -> None:
-        self.manifest = manifest
-        self.prices = model_prices
-        self.rules = Rules(manifest, model_prices)
+        self.manifest, self.prices = manifest, prices
+        self.rules = Rules(manifest, prices)
         self._router_model, self._reward_model = router_model, reward_model
+        self._served = providers.models
         self._fail_open = fail_open
+        self._best_of_n = BestOfN(
+            providers,
+            self._rewards,
+            prices,
+            manifest.reference_model,
+            manifest.reward.accept_reward,
+            manifest.reward.escalate_reward,
+        )
 
     async def decide(
         self, prompt: Prompt, policy: Policy, *, deadline: float | None = None
@@ -98,6 +137,56 @@ class Router:
         """Score answers to a prompt; see `bestroute.scoring.score`."""
         return await score(self._reward_model, prompt, answers, deadline=deadline)
 
+    async def generate(self, order: Order) -> AsyncGenerator[Routed | Event, None]:
+        """Decide, draw the samples, score each as it ends: BEST-Route's Algorithm 1, end to end.
+
+        Only models that a provider serves are chosen. Gives the decision, then deltas and
+        candidates as they come, then the result. Close the generator to stop.
+
+        Raises:
+            InvalidRequest: the policy or the arm can't be followed.
+            ProviderFailed: no provider serves the model, or every candidate failed.
+            Overloaded: the router's queue is full.
+            DeadlineExceeded: the deadline came before any candidate was complete.
+        """
+        routed = await self._routed(order)
+        arm = routed.decision.arm
+        if arm.model not in self._served:
+            raise ProviderFailed(
+                f'no provider serves "{arm.model}"; served are: '
+                f"{', '.join(sorted(self._served)) or 'none'}. "
+                f'Add [models."{arm.model}"] to the server\'s configuration'
+            )
+        yield routed
+        task = Task(
+            order.prompt,
+            arm.model,
+            arm.samples,
+            order.sampling,
+            order.execution,
+            order.started,
+            order.deadline,
+        )
+        async with aclosing(self._best_of_n.run(task)) as events:
+            async for event in events:
+                yield event
+
+    async def _routed(self, order: Order) -> Routed:
+        if order.arm is None:
+            wanted = order.policy.allowed_models
+            names = (model.name for model in self.manifest.models)
+            served = tuple(n for n in wanted or names if n in self._served)
+            self.rules.check(order.policy)  # before narrowing, so that the caller's names are told
+            policy = replace(order.policy, allowed_models=served)
+            return await self.decide(order.prompt, policy, deadline=order.deadline)
+        encoded = await self._router_model.encode(order.prompt.text)
+        model, samples = order.arm
+        decision = self.rules.fixed(model, samples, encoded.prompt_tokens, order.policy)
+        return Routed(decision, encoded.prompt_tokens, encoded.truncated, None)
+
+    async def _rewards(self, prompt: Prompt, answers: Sequence[str]) -> Sequence[float]:
+        return (await self.score(prompt, answers)).rewards
+
 
 @asynccontextmanager
 async def open_router(settings: Settings) -> AsyncIterator[Router]:
@@ -109,8 +198,9 @@ async def open_router(settings: Settings) -> AsyncIterator[Router]:
     """
     bundle = await asyncio.to_thread(Bundle.load, settings.bundle or DEFAULT_BUNDLE)
     manifest = bundle.manifest
-    model_prices = dict(prices(manifest.models, settings))
+    model_prices = prices(manifest.models, settings)
     async with AsyncExitStack() as stack:
+        providers = await stack.enter_async_context(Providers(settings))
         router_model = await stack.enter_async_context(
             open_text_model(bundle, manifest.router, settings)
         )
@@ -122,6 +212,7 @@ async def open_router(settings: Settings) -> AsyncIterator[Router]:
             manifest,
             router_model,
             reward_model,
+            providers,
             model_prices,
             fail_open=settings.routing.fail_open,
         )

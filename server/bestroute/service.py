@@ -2,16 +2,18 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import grpc
 
 from bestroute import convert
+from bestroute.completion import Delta
 from bestroute.config import Server
 from bestroute.errors import InvalidRequest
-from bestroute.router import Router
-from bestroute.status import Context, status_of, unary
+from bestroute.router import Routed, Router
+from bestroute.status import Context, server_stream, status_of, unary
 from bestroute.v1 import routing_pb2 as pb
 from bestroute.wire import Malformed, decoder
 
@@ -42,6 +44,11 @@ class RoutingService:
             ),
             "Score": grpc.unary_unary_rpc_method_handler(
                 unary(self.score), decoder(pb.ScoreRequest), pb.ScoreResponse.SerializeToString
+            ),
+            "Generate": grpc.unary_stream_rpc_method_handler(
+                server_stream(self.generate),
+                decoder(pb.GenerateRequest),
+                pb.GenerateResponse.SerializeToString,
             ),
             "ListArms": grpc.unary_unary_rpc_method_handler(
                 unary(self.list_arms),
@@ -93,6 +100,27 @@ class RoutingService:
             timing=convert.timing(scored.timing),
         )
 
+    async def generate(
+        self, request: pb.GenerateRequest, context: Context
+    ) -> AsyncGenerator[pb.GenerateResponse, None]:
+        """Decide, sample, score, and answer with the best."""
+        order = convert.order(request, self._limits, time.monotonic(), _deadline(context))
+        execution = request.execution
+        with_deltas = execution.stream_deltas or not execution.HasField("stream_deltas")
+        reference_cost_usd = 0.0
+        try:
+            async with aclosing(self._router.generate(order)) as events:
+                async for event in events:
+                    if isinstance(event, Routed):
+                        reference_cost_usd = event.decision.reference.estimated_cost_usd
+                        yield pb.GenerateResponse(decision=self._response(request.request, event))
+                    elif with_deltas or not isinstance(event, Delta):
+                        yield convert.event(event, reference_cost_usd)
+        except InvalidRequest as error:
+            # The policy lies inside the request to route, the arm beside it.
+            inside = error.field.startswith("policy")
+            raise (error.within("request") if inside else error) from error
+
     async def list_arms(self, request: pb.ListArmsRequest, context: Context) -> pb.ListArmsResponse:
         """List the pool, its prices and its calibration."""
         manifest, prices = self._router.manifest, self._router.prices
@@ -135,16 +163,12 @@ class RoutingService:
     async def _route(self, request: pb.RouteRequest, deadline: float | None) -> pb.RouteResponse:
         prompt = convert.prompt(request, self._limits.max_prompt_bytes)
         policy = convert.policy(request.policy)
-        try:
-            routed = await self._router.decide(prompt, policy, deadline=deadline)
-        except InvalidRequest as error:
-            raise error.within("policy") from error
-        return convert.route_response(
-            request.request_id,
-            routed,
-            self._router.manifest.version,
-            explain=request.explain,
-        )
+        routed = await self._router.decide(prompt, policy, deadline=deadline)
+        return self._response(request, routed)
+
+    def _response(self, request: pb.RouteRequest, routed: Routed) -> pb.RouteResponse:
+        version = self._router.manifest.version
+        return convert.route_response(request.request_id, routed, version, explain=request.explain)
 
 
 def _deadline(context: Context) -> float | None:

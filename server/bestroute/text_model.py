@@ -10,14 +10,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from bestroute.batching import Batcher
+from bestroute.batching import Batcher, Budget
 from bestroute.bundle import Bundle, Network
 from bestroute.config import Settings
-from bestroute.engine import Engine, Row, budget, preferred_precisions
+from bestroute.engine import Engine, Row, preferred_precisions
 from bestroute.tokenizer import Encoded, Tokenizer
 
-_INLINE_BYTES = 256
+_INLINE_CHARACTERS = 256
 """Texts up to this length are tokenized on the event loop: a thread's hop would take longer."""
+
+_PADDED_TOKENS = {"cpu": 512, "cuda": 16_384, "tensorrt": 16_384}
+"""Default budget of a batch. CPU: measured by benchmarks/engine.py. GPU: not measured yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,11 @@ class TextModel:
         self._engine, self.tokenizer, self._batcher = engine, tokenizer, batcher
         self._threads = threads
 
+    async def encode(self, text: str) -> Encoded:
+        """Tokenize a prompt without running the network."""
+        (encoded,) = await self._encode(lambda: [self.tokenizer.prompt(text)], len(text))
+        return encoded
+
     async def prompt(self, text: str, *, deadline: float | None = None) -> tuple[Reading, Timing]:
         """Read a prompt.
 
@@ -89,11 +97,7 @@ class TextModel:
         self, encode: Callable[[], list[Encoded]], characters: int, deadline: float | None
     ) -> tuple[list[Reading], Timing]:
         start = time.monotonic()
-        if characters <= _INLINE_BYTES:
-            encoded = encode()
-        else:
-            loop = asyncio.get_running_loop()
-            encoded = await loop.run_in_executor(self._threads, encode)
+        encoded = await self._encode(encode, characters)
         tokenize = time.monotonic() - start
         done = await self._batcher.submit_all(encoded, deadline=deadline)
         timing = Timing(
@@ -103,6 +107,11 @@ class TextModel:
             max(each.batch_size for each in done),
         )
         return [Reading(e, d.value) for e, d in zip(encoded, done, strict=True)], timing
+
+    async def _encode(self, encode: Callable[[], list[Encoded]], characters: int) -> list[Encoded]:
+        if characters <= _INLINE_CHARACTERS:
+            return encode()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, encode)
 
 
 @asynccontextmanager
@@ -121,7 +130,7 @@ async def open_text_model(
     batcher = Batcher[Encoded, Row](
         lambda batch: engine([each.ids for each in batch]),
         length=lambda each: len(each.ids),
-        budget=budget(settings.batching, settings.engine),
+        budget=_budget(settings),
         max_queue=settings.batching.max_queue,
     )
     with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as threads:
@@ -129,3 +138,8 @@ async def open_text_model(
             await asyncio.to_thread(engine.warm_up)
             async with batcher.running():
                 yield TextModel(engine, tokenizer, batcher, threads)
+
+
+def _budget(settings: Settings) -> Budget:
+    padded = settings.batching.max_padded_tokens or _PADDED_TOKENS[settings.engine.provider]
+    return Budget(settings.batching.max_items, padded)

@@ -1,0 +1,189 @@
+"""`bestroute bundle`: look at a bundle on disk."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bestroute.cli.arguments import add_json, described
+from bestroute.cli.terminal import complain, console, facts, percent, table
+from bestroute.errors import BundleInvalid
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+    from bestroute.bundle import CurvePoint, Manifest
+    from bestroute.cli.arguments import Commands
+
+_CURVE_ROWS = 12
+_BAR = 30
+"""Characters that stand for a saving of 100 %."""
+
+
+def add(commands: "Commands") -> None:
+    """Declare the command and its own subcommands."""
+    parser = commands.add_parser(
+        "bundle",
+        help="show or verify a bundle",
+        **described(
+            "Look at a bundle: the directory that `bestroute-export` makes and the service loads.",
+            "bestroute bundle show",
+            "bestroute bundle verify ./my-bundle",
+        ),
+    )
+    verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    show = verbs.add_parser(
+        "show",
+        help="print what it holds",
+        **described(
+            "Print a bundle's models and prices, its arms, what thresholds were measured "
+            "to give, and where it came from.",
+            "bestroute bundle show",
+            "bestroute bundle show ./my-bundle --json | jq .arms",
+        ),
+    )
+    _add_path(show)
+    add_json(show)
+    show.set_defaults(run=_show)
+    verify = verbs.add_parser(
+        "verify",
+        help="check its files and its answers",
+        **described(
+            "Check a bundle's files against their digests, and that its networks answer on "
+            "this machine as they did where it was made. The engine is the configured one (see "
+            "BESTROUTE_ENGINE__PROVIDER). Exit code 0 if it can be served, else 1.",
+            "bestroute bundle verify",
+            "BESTROUTE_ENGINE__PROVIDER=cuda bestroute bundle verify ./my-bundle",
+        ),
+    )
+    _add_path(verify)
+    verify.set_defaults(run=_verify)
+
+
+def _add_path(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "path",
+        metavar="PATH",
+        nargs="?",
+        type=Path,
+        help="its directory (default: the embedded bundle)",
+    )
+
+
+def _show(args: argparse.Namespace) -> int:
+    from bestroute.bundle import DEFAULT_BUNDLE, read_manifest
+
+    try:
+        manifest = read_manifest(args.path or DEFAULT_BUNDLE)
+    except BundleInvalid as error:
+        return complain(str(error), code=1)
+    if args.json:
+        print(manifest.model_dump_json())
+        return 0
+    out = console(sys.stdout)
+    out.print(f"{manifest.name} {manifest.version}", style="bold")
+    for title, content in _sections(manifest).items():
+        out.print(f"\n{title}", style="bold")
+        out.print(content)
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    import asyncio
+
+    from bestroute.bundle import DEFAULT_BUNDLE, Bundle
+    from bestroute.config import ConfigInvalid, Settings
+    from bestroute.router import verify
+
+    try:
+        engine = Settings.load().engine
+        bundle = Bundle.load(args.path or DEFAULT_BUNDLE)
+        deviation = asyncio.run(verify(bundle, engine))
+    except ConfigInvalid as error:
+        return complain(str(error), code=2)
+    except BundleInvalid as error:
+        return complain(str(error), code=1)
+    manifest = bundle.manifest
+    print(
+        f"{bundle.directory}: {manifest.name} {manifest.version} can be served; its answers on "
+        f"{engine.provider} deviate by {deviation:.2g} at most ({manifest.golden.tolerance:g} "
+        "allowed)"
+    )
+    return 0
+
+
+def _sections(manifest: "Manifest") -> "dict[str, RenderableType]":
+    """The parts of a manifest under their titles; empty ones are left out."""
+    sections: dict[str, RenderableType] = {
+        "Models (USD per million tokens)": _models(manifest),
+        "Arms": _arms(manifest),
+        "Networks": _networks(manifest),
+        "Calibration on validation data": _curve(manifest),
+    }
+    if manifest.metrics:
+        rows = [(name, f"{value:.4g}") for name, value in manifest.metrics.items()]
+        sections["Metrics"] = facts(*rows)
+    if manifest.provenance:
+        sections["Provenance"] = facts(*manifest.provenance.items())
+    return sections
+
+
+def _models(manifest: "Manifest") -> "Table":
+    listed = table("model", "input", "output", "mean answer", "")
+    for model in manifest.models:
+        listed.add_row(
+            model.name,
+            f"{model.input_usd_per_mtok:g}",
+            f"{model.output_usd_per_mtok:g}",
+            f"{model.mean_output_tokens:.0f} tokens",
+            "reference" if model.name == manifest.reference_model else "",
+        )
+    return listed
+
+
+def _arms(manifest: "Manifest") -> "Table":
+    """One line per model with its sample counts."""
+    samples: dict[str, list[str]] = {}
+    for arm in manifest.arms:
+        samples.setdefault(arm.model, []).append(str(arm.samples))
+    return facts(*((model, f"{', '.join(counts)} samples") for model, counts in samples.items()))
+
+
+def _networks(manifest: "Manifest") -> "Table":
+    networks = {"router": manifest.router, "reward": manifest.reward}
+    return facts(
+        *(
+            (name, f"{', '.join(network.files)}; up to {network.max_tokens} tokens")
+            for name, network in networks.items()
+        )
+    )
+
+
+def _curve(manifest: "Manifest") -> "Table":
+    """The calibration table, thinned out to what can be read at a glance, savings as bars."""
+    drawn = table("threshold", "saving", "quality drop", "at most (95 %)")
+    drawn.add_column()
+    for point in _thinned(manifest.curve, manifest.default_match_threshold):
+        default = point.match_threshold == manifest.default_match_threshold
+        drawn.add_row(
+            f"{point.match_threshold:.3f}{' *' if default else ''}",
+            percent(point.cost_saving),
+            percent(point.quality_drop),
+            percent(point.quality_drop_upper),
+            "█" * round(_BAR * min(max(point.cost_saving, 0.0), 1.0)),
+            style="bold" if default else None,
+        )
+    drawn.caption = f"* default threshold: {manifest.default_match_threshold:g}"
+    return drawn
+
+
+def _thinned(curve: "list[CurvePoint]", threshold: float) -> "list[CurvePoint]":
+    """Points spread evenly over the curve, with its ends and the one at the threshold."""
+    last = len(curve) - 1
+    kept = {round(i * last / (_CURVE_ROWS - 1)) for i in range(_CURVE_ROWS)}
+    return [
+        point
+        for index, point in enumerate(curve)
+        if index in kept or point.match_threshold == threshold
+    ]

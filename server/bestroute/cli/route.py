@@ -1,0 +1,146 @@
+"""`bestroute route`: ask for a decision."""
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from bestroute.cli.arguments import (
+    POLICY,
+    add_connection,
+    add_json,
+    add_policy,
+    add_prompt,
+    described,
+    given,
+)
+from bestroute.cli.remote import ask
+from bestroute.cli.terminal import (
+    console,
+    count,
+    facts,
+    milliseconds,
+    percent,
+    print_json,
+    saved,
+    table,
+    usd,
+)
+from bestroute.client import Client
+from bestroute.v1 import routing_pb2 as pb
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from bestroute.cli.arguments import Commands
+
+_REASONS = {
+    pb.FALLBACK_REASON_BELOW_THRESHOLD: "no allowed arm reached the threshold",
+    pb.FALLBACK_REASON_OVER_BUDGET: "the reference is over the highest cost; "
+    "this is the most probable arm within it",
+    pb.FALLBACK_REASON_ROUTER_FAILED: "the router model failed; the server's log has the reason",
+}
+
+
+def add(commands: "Commands") -> None:
+    """Declare the command."""
+    parser = commands.add_parser(
+        "route",
+        help="decide which LLM to ask and how often",
+        **described(
+            "Decide which LLM to ask and how many samples to draw; asks no LLM.",
+            'bestroute route "What is 2 + 2?"',
+            "bestroute route - --max-quality-drop 0.02 --explain < prompt.txt",
+            'bestroute route "What is 2 + 2?" --json | jq .arm.model',
+        ),
+    )
+    add_prompt(parser)
+    add_policy(parser)
+    parser.add_argument("--explain", action="store_true", help="list every arm")
+    add_connection(parser, timeout=10)
+    add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Ask and show the decision."""
+
+    async def decide(client: Client) -> None:
+        decision = await client.route(args.prompt, explain=args.explain, **given(args, *POLICY))
+        if args.json:
+            print_json(decision)
+        else:
+            _show(decision)
+
+    return ask(args, decide)
+
+
+def headline(arm: pb.Arm) -> str:
+    """What is going to be run."""
+    return f"{arm.model}, {count(arm.samples, 'sample')}"
+
+
+def reason(decision: pb.RouteResponse) -> str:
+    """Why it is not the cheapest arm that reaches the threshold; empty where it is."""
+    return _REASONS.get(decision.fallback_reason, "")
+
+
+def cost(decision: pb.RouteResponse) -> str:
+    """What is expected to be paid, against the reference."""
+    arm, reference = decision.arm, decision.reference
+    if arm.model == reference.model:
+        return f"{usd(arm.estimated_cost_usd)} estimated"
+    against = saved(arm.estimated_cost_usd, reference.estimated_cost_usd)
+    than = f"{against} than {reference.model} at {usd(reference.estimated_cost_usd)}"
+    return f"{usd(arm.estimated_cost_usd)} estimated, {than}"
+
+
+def _show(decision: pb.RouteResponse) -> None:
+    out = console(sys.stdout)
+    out.print(headline(decision.arm), style="bold")
+    rows = [
+        ("why", reason(decision)),
+        (
+            "probability",
+            f"{decision.arm.match_probability:.3f} to match {decision.reference.model}; "
+            f"threshold {decision.match_threshold:.3f}",
+        ),
+        ("cost", cost(decision)),
+        (
+            "prompt",
+            count(decision.prompt_tokens, "token") + (", cut" if decision.truncated else ""),
+        ),
+        ("time", _time(decision.timing) if decision.HasField("timing") else ""),
+        ("bundle", decision.bundle_version),
+    ]
+    out.print(facts(*(row for row in rows if row[1])))
+    if decision.arms:
+        out.print()
+        out.print(_arms(decision))
+
+
+def _time(timing: pb.Timing) -> str:
+    stages = {"tokenize": timing.tokenize, "queue": timing.queue, "inference": timing.inference}
+    parts = [
+        f"{name} {milliseconds(span.ToTimedelta().total_seconds())}"
+        for name, span in stages.items()
+    ]
+    return f"{', '.join(parts)} in a batch of {timing.batch_size}"
+
+
+def _arms(decision: pb.RouteResponse) -> "Table":
+    """Every arm and the reference, cheapest first: the chosen one is the first that qualifies."""
+    listed = table("arm", "samples", "probability", "cost", "saved", "")
+    reference = decision.reference
+    for arm in sorted([*decision.arms, reference], key=lambda arm: arm.estimated_cost_usd):
+        chosen = (arm.model, arm.samples) == (decision.arm.model, decision.arm.samples)
+        saving = 1 - arm.estimated_cost_usd / (reference.estimated_cost_usd or 1)
+        listed.add_row(
+            arm.model,
+            str(arm.samples),
+            f"{arm.match_probability:.3f}",
+            usd(arm.estimated_cost_usd),
+            percent(saving),
+            "chosen" if chosen else "reference" if arm == reference else "",
+            style="bold" if chosen else None,
+        )
+    return listed

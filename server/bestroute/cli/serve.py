@@ -1,0 +1,77 @@
+"""`bestroute serve`: run the service."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bestroute.cli.arguments import MAX_UINT32, described, given, integer
+from bestroute.cli.terminal import complain
+from bestroute.errors import BundleInvalid
+
+if TYPE_CHECKING:
+    from bestroute.cli.arguments import Commands
+
+
+def add(commands: "Commands") -> None:
+    """Declare the command."""
+    parser = commands.add_parser(
+        "serve",
+        help="run the service",
+        **described(
+            "Run the service until SIGTERM or SIGINT; calls under way are then answered, "
+            "and a second signal ends it at once. Every setting may be in a file or in the "
+            "environment (BESTROUTE_SERVER__LISTEN is the file's [server] listen); flags win.",
+            "bestroute serve",
+            "bestroute serve --config bestroute.toml --listen 0.0.0.0:50051",
+            "bestroute serve --provider cuda --bundle ./my-bundle",
+        ),
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        type=Path,
+        help="a TOML file; examples/bestroute.toml explains every setting",
+    )
+    parser.add_argument(
+        "--listen", metavar="HOST:PORT", help="where to listen (default: 127.0.0.1:50051)"
+    )
+    parser.add_argument(
+        "--bundle", metavar="DIR", type=Path, help="the bundle to serve (default: the embedded one)"
+    )
+    parser.add_argument(
+        "--provider",
+        choices=("cpu", "cuda", "tensorrt"),
+        help="what computes (default: cpu)",
+    )
+    parser.add_argument(
+        "--threads",
+        metavar="N",
+        type=integer(1, MAX_UINT32),
+        help="threads per run (default: the CPUs this process may use)",
+    )
+    parser.add_argument(
+        "--log-level",
+        choices=("DEBUG", "INFO", "WARNING", "ERROR"),
+        help="of the log on stderr (default: INFO)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until a signal comes."""
+    from bestroute import app
+    from bestroute.config import ConfigInvalid, Settings
+
+    try:
+        return app.run(Settings.load(args.config, _flags(args)))
+    except (ConfigInvalid, BundleInvalid) as error:
+        return complain(str(error), code=2)
+
+
+def _flags(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that were given, nested as in the file."""
+    return {
+        **given(args, "bundle", "log_level"),
+        "server": given(args, "listen"),
+        "engine": given(args, "provider", "threads"),
+    }

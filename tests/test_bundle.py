@@ -1,0 +1,123 @@
+"""The bundle is loaded only if every file is what the manifest says."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests import tiny
+
+from bestroute.bundle import DEFAULT_BUNDLE, MANIFEST, Bundle
+from bestroute.config import Engine
+from bestroute.errors import BundleInvalid
+from bestroute.router import verify
+
+
+@pytest.fixture
+def copy(tiny_bundle: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(tiny_bundle, tmp_path / "bundle")
+
+
+def edit(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    manifest = json.loads((directory / MANIFEST).read_text())
+    change(manifest)
+    (directory / MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_a_whole_bundle_loads(copy: Path) -> None:
+    manifest = Bundle.load(copy).manifest
+
+    assert manifest.arms == tiny.ARMS
+    assert manifest.model("large").input_usd_per_mtok == 3.0
+
+
+@pytest.mark.parametrize("name", ["router.onnx", "reward.onnx", "tokenizer.json"])
+def test_a_missing_file_is_named(copy: Path, name: str) -> None:
+    (copy / name).unlink()
+
+    with pytest.raises(BundleInvalid, match=f"{name} is missing"):
+        Bundle.load(copy)
+
+
+@pytest.mark.parametrize("name", ["router.onnx", "reward.onnx", "tokenizer.json"])
+def test_an_altered_file_is_named(copy: Path, name: str) -> None:
+    data = bytearray((copy / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy / name).write_bytes(data)
+
+    with pytest.raises(BundleInvalid, match=f"{name} has SHA-256 .* altered"):
+        Bundle.load(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda m: m.update(format_version=2), "format_version"),
+        (lambda m: m.update(reference_model="huge"), "not among the models: .'huge'"),
+        (lambda m: m["arms"].append(m["arms"][0]), "an arm is listed twice"),
+        (lambda m: m["arms"].append({"model": "large", "samples": 2}), "can't be an arm"),
+        (lambda m: m["curve"].reverse(), "thresholds must rise"),
+        (lambda m: m["golden"]["router"][0]["probabilities"].pop(), "4 values"),
+        (lambda m: m["models"].append(m["models"][0]), "named twice"),
+        (lambda m: m["tokenizer"].update(name="../../etc/passwd"), "tokenizer.name"),
+        (lambda m: m.update(surprise=1), "surprise"),
+        (lambda m: m.update(default_match_threshold=1.5), "default_match_threshold"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_refused(
+    copy: Path, change: Callable[[dict[str, Any]], None], complaint: str
+) -> None:
+    edit(copy, change)
+
+    with pytest.raises(BundleInvalid, match=complaint):
+        Bundle.load(copy)
+
+
+def test_no_bundle_says_what_a_bundle_is(tmp_path: Path) -> None:
+    with pytest.raises(BundleInvalid, match="a bundle is a directory made by `bestroute-export`"):
+        Bundle.load(tmp_path / "nowhere")
+
+
+async def test_golden_outputs_are_computed_again(copy: Path) -> None:
+    assert await verify(Bundle.load(copy), Engine()) < 1e-5
+
+    def lie(manifest: dict[str, Any]) -> None:
+        manifest["golden"]["router"][0]["probabilities"][2] -= 0.01
+
+    edit(copy, lie)
+    with pytest.raises(BundleInvalid, match=r"differ from the golden ones by 0\.01"):
+        await verify(Bundle.load(copy), Engine())
+
+
+async def test_a_network_that_is_none_is_refused(copy: Path) -> None:
+    """The digest fits, the content doesn't: still BundleInvalid, not a crash."""
+    (copy / "router.onnx").write_bytes(b"no network")
+    digest = hashlib.sha256(b"no network").hexdigest()
+    edit(copy, lambda m: m["router"]["files"]["fp32"].update(sha256=digest))
+
+    with pytest.raises(BundleInvalid, match=r"router\.onnx can't be loaded"):
+        await verify(Bundle.load(copy), Engine())
+
+
+async def test_a_precision_that_is_not_there_is_named(copy: Path) -> None:
+    with pytest.raises(BundleInvalid, match="has no fp16 network; it has: fp32"):
+        await verify(Bundle.load(copy), Engine(precision="fp16"))
+
+
+async def test_the_default_bundle_is_what_it_says() -> None:
+    bundle = Bundle.load(DEFAULT_BUNDLE)
+
+    assert await verify(bundle, Engine()) <= bundle.manifest.golden.tolerance
+    assert bundle.manifest.reference_model == "claude-sonnet-4"
+    samples = {}
+    for arm in bundle.manifest.arms:
+        samples.setdefault(arm.model, []).append(arm.samples)
+    assert len(samples) == 6
+    assert all(
+        n == ([1] if model == "llama-4-scout" else [1, 2, 3]) for model, n in samples.items()
+    )
+    assert np.isfinite(list(bundle.manifest.metrics.values())).all()
