@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import inspect
-import logging
 import subprocess
 import sys
 import threading
@@ -166,7 +165,7 @@ class Flaky:
         self.calls = 0
         self.code = grpc.StatusCode.UNAVAILABLE
 
-    async def __call__(self, request: pb.RouteRequest, context: Context) -> pb.RouteResponse:
+    async def answer(self, request: pb.RouteRequest, context: Context) -> pb.RouteResponse:
         self.calls += 1
         if self.calls <= self.failures:
             await context.abort(self.code, "not now", self.metadata)
@@ -177,7 +176,7 @@ class Flaky:
 async def test_what_passes_is_tried_again(code: grpc.StatusCode) -> None:
     route = Flaky(2)
     route.code = code
-    async with scripted(Route=route) as address, Client(address) as client:
+    async with scripted(Route=route.answer) as address, Client(address) as client:
         assert await client.route("x") == ANSWER
         assert route.calls == 3
 
@@ -185,7 +184,7 @@ async def test_what_passes_is_tried_again(code: grpc.StatusCode) -> None:
 async def test_a_bug_is_not_tried_again() -> None:
     route = Flaky(1)
     route.code = grpc.StatusCode.INTERNAL
-    async with scripted(Route=route) as address, Client(address) as client:
+    async with scripted(Route=route.answer) as address, Client(address) as client:
         with pytest.raises(grpc.aio.AioRpcError, match="INTERNAL"):
             await client.route("x")
 
@@ -194,7 +193,7 @@ async def test_a_bug_is_not_tried_again() -> None:
 
 async def test_the_server_says_how_long_to_wait() -> None:
     route = Flaky(1, ("grpc-retry-pushback-ms", "700"))
-    async with scripted(Route=route) as address, Client(address) as client:
+    async with scripted(Route=route.answer) as address, Client(address) as client:
         start = time.monotonic()
         await client.route("x")
 
@@ -204,7 +203,7 @@ async def test_the_server_says_how_long_to_wait() -> None:
 
 async def test_the_server_may_refuse_retries() -> None:
     route = Flaky(1, ("grpc-retry-pushback-ms", "-1"))
-    async with scripted(Route=route) as address, Client(address) as client:
+    async with scripted(Route=route.answer) as address, Client(address) as client:
         with pytest.raises(grpc.aio.AioRpcError, match="UNAVAILABLE"):
             await client.route("x")
 
@@ -213,7 +212,7 @@ async def test_the_server_may_refuse_retries() -> None:
 
 async def test_retries_do_not_multiply_the_load_of_a_service_in_trouble() -> None:
     route = Flaky(1_000)
-    async with scripted(Route=route) as address, Client(address) as client:
+    async with scripted(Route=route.answer) as address, Client(address) as client:
         for _ in range(20):
             with pytest.raises(grpc.aio.AioRpcError):
                 await client.route("x")
@@ -323,7 +322,8 @@ async def test_an_absent_service_falls_back(
 
     assert decision.arm == pb.Arm(model="gpt-4o", samples=1)
     assert decision.fallback_reason == pb.FALLBACK_REASON_SERVICE_UNREACHABLE
-    assert "falling back to gpt-4o: UNAVAILABLE" in caplog.text
+    assert len(caplog.records) == 1
+    assert caplog.messages[0].startswith("falling back to gpt-4o: UNAVAILABLE: ")
 
 
 async def test_a_service_that_hangs_falls_back_in_time() -> None:
@@ -347,7 +347,7 @@ async def test_an_overloaded_service_falls_back_after_the_retries() -> None:
     route = Flaky(1_000)
     route.code = grpc.StatusCode.RESOURCE_EXHAUSTED
     async with (
-        scripted(Route=route) as address,
+        scripted(Route=route.answer) as address,
         Client(address, fallback_model="gpt-4o") as client,
     ):
         decision = await client.route("x")
@@ -389,14 +389,10 @@ async def test_without_fallback_an_absent_service_is_an_error() -> None:
 async def echo(
     requests: AsyncIterator[pb.RouteStreamRequest], context: Context
 ) -> AsyncIterator[pb.RouteStreamResponse]:
-    """Answers, but leaves out prompts that say `hang` and ends at one that says `end`."""
+    """Answers, but leaves out prompts that say `hang`."""
     async for message in requests:
-        match message.request.prompt:
-            case "hang":
-                continue
-            case "end":
-                return
-        yield pb.RouteStreamResponse(request_id=message.request.request_id, response=ANSWER)
+        if message.request.prompt != "hang":
+            yield pb.RouteStreamResponse(request_id=message.request.request_id, response=ANSWER)
 
 
 async def test_a_caller_who_leaves_a_stream_leaves_alone() -> None:
@@ -413,21 +409,52 @@ async def test_a_caller_who_leaves_a_stream_leaves_alone() -> None:
         assert gone.cancelled()
 
 
-async def test_a_stream_that_the_server_ends_fails_what_waits_and_opens_again() -> None:
+class Interrupted:
+    """A stream service that ends calls at their second request, a number of times, then answers."""
+
+    def __init__(self, ends: int) -> None:
+        self.ends = ends
+        self.calls = 0
+
+    async def answer(
+        self, requests: AsyncIterator[pb.RouteStreamRequest], context: Context
+    ) -> AsyncIterator[pb.RouteStreamResponse]:
+        self.calls += 1
+        call, received = self.calls, 0
+        async for message in requests:
+            received += 1
+            if call <= self.ends and received == 2:
+                return
+            yield pb.RouteStreamResponse(request_id=message.request.request_id, response=ANSWER)
+
+
+async def test_what_a_broken_call_left_open_is_asked_once_more() -> None:
+    service = Interrupted(ends=1)
     async with (
-        scripted(RouteStream=echo) as address,
+        scripted(RouteStream=service.answer) as address,
         Client(address) as client,
         client.stream() as stream,
     ):
-        waiting = [asyncio.create_task(stream.route("hang")) for _ in range(3)]
         await stream.route("x")
-        with pytest.raises(grpc.aio.AioRpcError, match="the server ended the stream"):
-            await stream.route("end")
-        for task in waiting:
-            with pytest.raises(grpc.aio.AioRpcError, match="UNAVAILABLE"):
-                await task
+        assert await asyncio.gather(*(stream.route("x") for _ in range(5))) == [ANSWER] * 5
+        assert service.calls == 2
 
-        assert await stream.route("x") == ANSWER
+
+async def test_what_breaks_the_new_call_too_fails() -> None:
+    service = Interrupted(ends=2)
+    async with (
+        scripted(RouteStream=service.answer) as address,
+        Client(address) as client,
+        client.stream() as stream,
+    ):
+        await stream.route("x")
+        answers = await asyncio.gather(
+            *(stream.route("x") for _ in range(5)), return_exceptions=True
+        )
+        assert [answer for answer in answers if answer == ANSWER] == [ANSWER]
+        failed = {str(answer) for answer in answers if answer != ANSWER}
+        assert len(failed) == 1
+        assert "the server ended the stream" in failed.pop()
 
 
 async def test_closing_a_stream_ends_what_waits() -> None:
@@ -487,7 +514,7 @@ class Generator:
         self.fail_before = 0
         self.fail_after: tuple[str, bytes] | None = None
 
-    async def __call__(
+    async def answer(
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncIterator[pb.GenerateResponse]:
         self.calls += 1
@@ -519,7 +546,7 @@ async def first_events(client: Client, count: int, **options: object) -> list[st
 
 async def test_generate_sends_its_options_and_gives_events_as_they_come() -> None:
     generate = Generator()
-    async with scripted(Generate=generate) as address, Client(address) as client:
+    async with scripted(Generate=generate.answer) as address, Client(address) as client:
         kinds = await first_events(
             client,
             3,
@@ -547,7 +574,7 @@ async def test_generate_sends_its_options_and_gives_events_as_they_come() -> Non
 
 async def test_without_a_model_generate_routes() -> None:
     generate = Generator()
-    async with scripted(Generate=generate) as address, Client(address) as client:
+    async with scripted(Generate=generate.answer) as address, Client(address) as client:
         await first_events(client, 1)
 
     assert not generate.request.HasField("arm")
@@ -555,7 +582,7 @@ async def test_without_a_model_generate_routes() -> None:
 
 async def test_closing_the_iterator_cancels_the_call() -> None:
     generate = Generator()
-    async with scripted(Generate=generate) as address, Client(address) as client:
+    async with scripted(Generate=generate.answer) as address, Client(address) as client:
         await first_events(client, 2)
 
         await asyncio.wait_for(generate.cancelled.wait(), 5)
@@ -563,7 +590,7 @@ async def test_closing_the_iterator_cancels_the_call() -> None:
 
 async def test_cancelling_the_task_cancels_the_call() -> None:
     generate = Generator()
-    async with scripted(Generate=generate) as address, Client(address) as client:
+    async with scripted(Generate=generate.answer) as address, Client(address) as client:
         endless = asyncio.create_task(first_events(client, 1_000_000))
         await asyncio.wait_for(generate.begun.wait(), 5)
         endless.cancel()
@@ -576,7 +603,7 @@ async def test_cancelling_the_task_cancels_the_call() -> None:
 async def test_generate_is_tried_again_before_its_first_event_only() -> None:
     generate = Generator()
     generate.fail_before = 1
-    async with scripted(Generate=generate) as address, Client(address) as client:
+    async with scripted(Generate=generate.answer) as address, Client(address) as client:
         assert await first_events(client, 2) == ["decision", "delta"]
         assert generate.calls == 2
 
@@ -587,7 +614,7 @@ async def test_generate_is_tried_again_before_its_first_event_only() -> None:
 
 
 async def test_generate_ends_at_its_deadline() -> None:
-    async with scripted(Generate=Generator()) as address, Client(address) as client:
+    async with scripted(Generate=Generator().answer) as address, Client(address) as client:
         with pytest.raises(DeadlineExceeded):
             await first_events(client, 1_000_000, timeout=0.2)
 
@@ -687,7 +714,7 @@ async def test_closing_a_sync_iterator_cancels_the_call() -> None:
             assert next(events).delta.text == "word "
             events.close()
 
-    async with scripted(Generate=generate) as address:
+    async with scripted(Generate=generate.answer) as address:
         await asyncio.to_thread(use, address)
 
         await asyncio.wait_for(generate.cancelled.wait(), 5)
@@ -742,11 +769,3 @@ async def test_the_example_runs(server: Running, reachable: bool) -> None:
     assert process.returncode == 0
     assert b": What is 2 + 2?" in out
     assert (b"gpt-4o x 1" in out) is not reachable
-
-
-async def test_the_fallback_is_logged_once_per_call(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, "bestroute.client"):
-        async with Client(REFUSED, fallback_model="gpt-4o") as client:
-            await client.route("x")
-
-    assert len(caplog.records) == 1

@@ -143,7 +143,7 @@ def test_odd_chunks_are_borne() -> None:
             {"choices": [{"index": 0, "delta": None}]},
             {"choices": [{"index": 0, "delta": {"content": [{"type": "thinking"}]}}]},
             text("more than asked for", index=1),
-            text("4"),
+            {"choices": [{"delta": {"content": "4"}}]},
             finish(reason="length"),
             text("after the end"),
         ]

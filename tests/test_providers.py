@@ -11,9 +11,9 @@ from llmock.pytest_plugin import LLMock
 from tests.upstreams import Call, Chunk, Upstream, finish, hangs, says, served_at, text, usage
 
 from bestroute.completion import Delta, Ended, Event, Finished, Usage
-from bestroute.config import ConfigInvalid
+from bestroute.config import ConfigInvalid, Provider
 from bestroute.prompt import Message, Prompt
-from bestroute.providers import Providers, Sampling
+from bestroute.providers import Providers, Sampling, _Upstream
 
 QUESTION = Prompt.of("What is 2 + 2?")
 
@@ -128,6 +128,22 @@ async def test_the_request_says_what_was_asked_and_no_more(upstream: Upstream) -
         "stream_options": {"include_usage": True},
     } == full
     assert {"model", "messages", "stream", "stream_options"} == plain.keys()
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("https://api.openai.com/v1", "max_completion_tokens"),
+        ("https://mine.openai.azure.com/openai/v1", "max_completion_tokens"),
+        ("https://api.mistral.ai/v1", "max_tokens"),
+        ("http://localhost:8000/v1", "max_tokens"),
+    ],
+)
+def test_the_token_limit_goes_by_the_name_that_the_host_knows(url: str, name: str) -> None:
+    provider = Provider.model_validate({"base_url": url})
+    body = _Upstream("test", provider).request("small", QUESTION, Sampling(max_output_tokens=9))
+
+    assert 9 == body[name]
 
 
 async def test_no_credential_is_sent_without_a_key(
@@ -281,6 +297,13 @@ async def test_a_key_in_the_provider_s_words_is_hidden(llmock: LLMock, tmp_path:
     end = await failure(llmock.base_url(), api_key_file=tmp_path / "key")
 
     assert "test: 401 Incorrect API key provided: [api key]" == str(end.error)
+
+
+async def test_a_page_of_words_is_cut(llmock: LLMock) -> None:
+    llmock.fail(400, message="<p>" * 1000)
+    end = await failure(llmock.base_url())
+
+    assert len(str(end.error)) < 600
 
 
 async def test_a_disconnect_ends_the_candidate_with_what_there_was(llmock: LLMock) -> None:

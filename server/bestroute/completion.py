@@ -119,9 +119,10 @@ class Completion:
         elif chunk.usage is not None:
             self._totals.append(chunk.usage)
         for choice in chunk.choices or ():
-            if not 0 <= choice.index < len(self._answers):
+            index = choice.index or 0
+            if index >= len(self._answers):
                 continue  # more choices than were asked for
-            answer = self._answers[choice.index]
+            answer = self._answers[index]
             if answer.finish_reason:
                 continue
             if text := _text(choice.delta):

@@ -167,8 +167,7 @@ class _Upstream:
         completion = Completion(self._name, candidates, len(prompt.text))
         interruption: ProviderFailed | None = None
         try:
-            # Retries, and the waits that Retry-After asks for, are the client's and keep
-            # the place.
+            # The client's retries, with the waits that Retry-After asks for, keep the place.
             async with (
                 self._places,
                 await self.client.chat.completions.create(
@@ -191,16 +190,16 @@ class _Upstream:
     def _failure(self, words: str) -> ProviderFailed:
         if self._key is not None:
             words = words.replace(self._key, "[api key]")
-        return ProviderFailed(f"{self._name}: {words}")
+        return ProviderFailed(f"{self._name}: {words[:_LONGEST_WORDS]}")
 
 
 def _words(error: Exception) -> str:
     """What a provider, or the way to it, says went wrong."""
     if isinstance(error, openai.APIStatusError):
         said = error.body.get("message") if isinstance(error.body, dict) else error.body
-        return f"{error.status_code} {said or error.message}"[:_LONGEST_WORDS]
+        return f"{error.status_code} {said or error.message}"
     if isinstance(error, ValueError):
-        return f"a chunk that is no JSON: {error}"[:_LONGEST_WORDS]
+        return f"a chunk that is no JSON: {error}"
     # The client calls a lost connection "Request timed out."; the cause knows what happened.
     cause = error.__cause__ or error
-    return (str(cause) or type(cause).__name__)[:_LONGEST_WORDS]
+    return str(cause) or type(cause).__name__

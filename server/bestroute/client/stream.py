@@ -21,8 +21,7 @@ class RouteStream:
     """An open stream; `route` may be called by any number of tasks at the same time.
 
     Requests are matched to answers by ids that the stream gives out. When the call breaks (a server
-    restarts, say), what was under way fails or falls back, and the next `route` opens a new one.
-    Nothing is repeated on a stream.
+    restarts, say), a new one is opened, and what was under way is asked once more.
 
     Args:
         stub: of the service.
@@ -66,14 +65,28 @@ class RouteStream:
         return await or_fallback(self._ask(request), self._fallback_model, request.request_id)
 
     async def _ask(self, request: pb.RouteRequest) -> pb.RouteResponse:
-        if self._exchange is None or self._exchange.over:
-            self._exchange = _Exchange(self._stub)
         try:
             async with asyncio.timeout(self._timeout):
                 with translated():
-                    return await self._exchange.ask(request)
+                    return await self._ask_twice(request)
         except TimeoutError as error:
             raise DeadlineExceeded(f"no decision within {self._timeout} s") from error
+
+    async def _ask_twice(self, request: pb.RouteRequest) -> pb.RouteResponse:
+        """Ask; if the call was open before and broke, ask once more on a new one."""
+        old = self._exchange
+        exchange = self._open()
+        try:
+            return await exchange.ask(request)
+        except grpc.aio.AioRpcError as error:
+            if exchange is not old or error.code() is not grpc.StatusCode.UNAVAILABLE:
+                raise
+        return await self._open().ask(request)
+
+    def _open(self) -> "_Exchange":
+        if self._exchange is None or self._exchange.over:
+            self._exchange = _Exchange(self._stub)
+        return self._exchange
 
 
 class _Exchange:

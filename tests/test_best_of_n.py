@@ -1,0 +1,432 @@
+"""Best of n over real HTTP: who wins, what is cut, what it costs."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+from llmock.pytest_plugin import LLMock
+from tests.upstreams import Call, Chunk, Upstream, finish, hangs, says, served_at, text, usage
+
+from bestroute.best_of_n import BestOfN, Candidate, Event, Execution, Result, Task, best
+from bestroute.completion import Delta, Usage
+from bestroute.errors import DeadlineExceeded, ProviderFailed
+from bestroute.policy import InputBilling
+from bestroute.pricing import ModelPrice
+from bestroute.prompt import Prompt
+from bestroute.providers import Providers, Sampling
+
+PRICES = {
+    "small": ModelPrice(1.0, 2.0, InputBilling.PER_SAMPLE),
+    "large": ModelPrice(10.0, 20.0, InputBilling.PER_SAMPLE),
+}
+
+
+@dataclass
+class Rewards:
+    """A reward model that looks rewards up, by the answer."""
+
+    by_answer: Mapping[str, float] = field(default_factory=dict)
+    delay: float = 0.0
+    asked: list[str] = field(default_factory=list)
+
+    async def __call__(self, prompt: Prompt, answers: Sequence[str]) -> Sequence[float]:
+        self.asked += answers
+        await asyncio.sleep(self.delay)
+        return [self.by_answer[answer] for answer in answers]
+
+
+def task(samples: int = 3, *, within: float | None = None, **execution: bool) -> Task:
+    """A task that starts now; `within` so many seconds, if there is a deadline."""
+    now = time.monotonic()
+    deadline = None if within is None else now + within
+    prompt = Prompt.of("What is 2 + 2?")
+    return Task(prompt, "small", samples, Sampling(), Execution(**execution), now, deadline)
+
+
+async def events_of(
+    url: str, rewards: Rewards, task: Task, samples: str = "many_calls", **pool: Any
+) -> list[Event]:
+    thresholds: dict[str, Any] = {"accept_reward": 0.9, "escalate_reward": 0.3, **pool}
+    async with Providers(served_at(url, samples=samples)) as providers:
+        best_of_n = BestOfN(providers, rewards, PRICES, "large", **thresholds)
+        async with aclosing(best_of_n.run(task)) as events:
+            return [event async for event in events]
+
+
+def parts(events: Sequence[Event]) -> tuple[list[Candidate], Result]:
+    """The candidates by index, and the result, which comes last."""
+    candidates = [event for event in events if isinstance(event, Candidate)]
+    result = events[-1]
+    assert isinstance(result, Result)
+    return sorted(candidates, key=lambda candidate: candidate.index), result
+
+
+def by_seed_of(*answers: str) -> Any:
+    """A script in which each call takes the answer that its place in the request says."""
+    taken = iter(answers)
+
+    async def script(call: Call) -> AsyncIterator[Chunk]:
+        yield text(next(taken))
+        yield finish()
+        yield usage(10, 5)
+
+    return script
+
+
+# --- who wins
+
+
+def candidate(index: int, reward: float | None, finish_reason: str = "stop") -> Candidate:
+    error = ProviderFailed("no") if finish_reason == "error" else None
+    return Candidate(index, "small", "4", reward, Usage(), finish_reason, error)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "expected"),
+    [
+        pytest.param([candidate(0, 0.1), candidate(1, 0.2)], 1, id="highest-reward"),
+        pytest.param([candidate(0, -2.0), candidate(1, -1.0)], 1, id="negative-rewards"),
+        pytest.param([candidate(0, None), candidate(1, -9.0)], 1, id="scored-before-unscored"),
+        pytest.param([candidate(2, 0.5), candidate(1, 0.5)], 1, id="lowest-index-of-equals"),
+        pytest.param([candidate(2, None), candidate(1, None)], 1, id="none-scored"),
+        pytest.param(
+            [candidate(0, None, "cancelled"), candidate(1, None), candidate(2, None, "error")],
+            1,
+            id="only-complete-ones",
+        ),
+        pytest.param([candidate(0, None, "cancelled")], None, id="none-complete"),
+        pytest.param([candidate(0, 0.1, "length")], 0, id="cut-by-length-is-complete"),
+    ],
+)
+def test_the_best_is(candidates: list[Candidate], expected: int | None) -> None:
+    answer = best(candidates)
+
+    assert expected == (None if answer is None else answer.index)
+
+
+async def test_the_highest_reward_wins_and_all_are_paid_for(upstream: Upstream) -> None:
+    upstream.scripts = [by_seed_of("3", "4", "5")]
+    rewards = Rewards({"3": 0.1, "4": 0.8, "5": 0.2})
+    candidates, result = parts(await events_of(upstream.url, rewards, task()))
+
+    assert {("3", 0.1), ("4", 0.8), ("5", 0.2)} == {(c.text, c.reward) for c in candidates}
+    assert ("small", "4") == (result.model, result.text)
+    assert candidates[result.candidate].text == "4"
+    assert Usage(30, 15) == result.usage
+    assert pytest.approx(3 * (10 * 1 + 5 * 2) / 1e6) == result.cost_usd
+    assert (0, False) == (result.candidates_cancelled, result.escalated)
+    assert 0 < result.time_to_first_token <= result.duration
+
+
+async def test_a_single_sample_streams_through_unscored(llmock: LLMock) -> None:
+    llmock.reply("Two and two is four.")
+    rewards = Rewards()
+    events = await events_of(llmock.base_url(), rewards, task(1, early_stop=True))
+
+    deltas = [event for event in events if isinstance(event, Delta)]
+    [candidate], result = parts(events)
+    assert ["Two ", "and ", "two ", "is ", "four."] == [delta.text for delta in deltas]
+    assert candidate.reward is None
+    assert [] == rewards.asked
+    assert "Two and two is four." == result.text
+
+
+@pytest.mark.parametrize("samples", ["one_call", "many_calls"])
+async def test_best_of_three_by_a_real_llm(standin: str, samples: str) -> None:
+    class Longest:
+        async def __call__(self, prompt: Prompt, answers: Sequence[str]) -> Sequence[float]:
+            return [float(len(answer)) for answer in answers]
+
+    order = replace(task(), sampling=Sampling(max_output_tokens=16, temperature=0.8, seed=1))
+    async with Providers(served_at(standin, samples=samples)) as providers:
+        pool = BestOfN(providers, Longest(), PRICES, "large", None, None)
+        async with aclosing(pool.run(order)) as events:
+            candidates, result = parts([event async for event in events])
+
+    assert max(candidates, key=lambda c: len(c.text)).text == result.text
+    assert not result.usage.estimated
+    assert result.cost_usd > 0
+
+
+# --- scoring
+
+
+async def test_scoring_one_does_not_hold_up_the_others(upstream: Upstream) -> None:
+    upstream.scripts = [says("4"), says("f", "i", "v", "e", delay=0.05)]
+    rewards = Rewards({"4": 0.8, "five": 0.1}, delay=0.5)
+    started = time.monotonic()
+    arrived: dict[str, float] = {}
+    async with Providers(served_at(upstream.url)) as providers:
+        pool = BestOfN(providers, rewards, PRICES, "large", None, None)
+        async with aclosing(pool.run(task(2))) as events:
+            async for event in events:
+                if isinstance(event, Delta):
+                    arrived[event.text] = time.monotonic() - started
+
+    assert arrived["e"] < 0.5
+
+
+async def test_in_one_call_a_choice_is_scored_before_the_others_end(upstream: Upstream) -> None:
+    rewards = Rewards({"4": 0.8, "5": 0.1})
+
+    async def script(call: Call) -> AsyncIterator[Chunk]:
+        yield text("4", 0)
+        yield finish(0)
+        while not rewards.asked:  # only a score lets this go on
+            await asyncio.sleep(0.01)
+        yield text("5", 1)
+        yield finish(1)
+        yield usage(10, 10)
+
+    upstream.scripts = [script]
+    _, result = parts(await events_of(upstream.url, rewards, task(2), samples="one_call"))
+
+    assert ("4", Usage(10, 10)) == (result.text, result.usage)
+
+
+async def test_a_score_that_fails_does_not_lose_the_answer(
+    upstream: Upstream, caplog: pytest.LogCaptureFixture
+) -> None:
+    upstream.scripts = [by_seed_of("3", "4")]
+    candidates, result = parts(await events_of(upstream.url, Rewards({"4": -1.0}), task(2)))
+
+    assert {("3", None), ("4", -1.0)} == {(c.text, c.reward) for c in candidates}
+    assert "4" == result.text
+    assert "could not be scored" in caplog.text
+
+
+async def test_without_any_score_there_is_still_an_answer(upstream: Upstream) -> None:
+    candidates, result = parts(await events_of(upstream.url, Rewards(), task(2)))
+
+    assert [None, None] == [candidate.reward for candidate in candidates]
+    assert (0, "4") == (result.candidate, result.text)
+
+
+# --- failures
+
+
+async def test_one_failure_is_reported_and_the_others_answer(llmock: LLMock) -> None:
+    llmock.fail(400, message="no luck").reply("4", times=None)
+    candidates, result = parts(await events_of(llmock.base_url(), Rewards({"4": 0.5}), task()))
+
+    [failed] = [candidate for candidate in candidates if candidate.error]
+    assert "test: 400 no luck" == str(failed.error)
+    assert ("error", None, Usage()) == (failed.finish_reason, failed.reward, failed.usage)
+    assert "4" == result.text
+    assert 0 == result.candidates_cancelled
+
+
+async def test_if_all_fail_the_provider_s_words_are_raised(llmock: LLMock) -> None:
+    llmock.fail(400, message="no luck", times=2).fail(403, message="go away")
+    with pytest.raises(ProviderFailed) as failure:
+        await events_of(llmock.base_url(), Rewards(), task())
+
+    assert {"test: 400 no luck", "test: 403 go away"} == {*str(failure.value).split("; ")}
+
+
+async def test_a_broken_stream_is_paid_for_as_far_as_it_came(llmock: LLMock) -> None:
+    llmock.reply("Two and two is four.", times=None).disconnect(after_chunks=4)
+    rewards = Rewards({"Two and two is four.": 0.5})
+    candidates, result = parts(await events_of(llmock.base_url(), rewards, task(2)))
+
+    [broken] = [candidate for candidate in candidates if candidate.error]
+    assert ("Two and two ", Usage(4, 3, estimated=True)) == (broken.text, broken.usage)
+    assert result.usage.estimated
+    assert pytest.approx(sum(c.usage.output_tokens for c in candidates)) == (
+        result.usage.output_tokens
+    )
+
+
+# --- stopping early
+
+
+@pytest.mark.parametrize("samples", ["one_call", "many_calls"])
+async def test_an_answer_that_is_good_enough_cancels_the_rest(
+    upstream: Upstream, samples: str
+) -> None:
+    async def one_of_three(call: Call) -> AsyncIterator[Chunk]:
+        yield text("4", 0)
+        yield text("maybe", 1)
+        yield finish(0)
+        await asyncio.Event().wait()
+
+    upstream.scripts = (
+        [one_of_three]
+        if samples == "one_call"
+        else [hangs("maybe"), says("4", delay=0.05, tokens=5), hangs("perhaps")]
+    )
+    rewards = Rewards({"4": 0.9})
+    candidates, result = parts(
+        await events_of(upstream.url, rewards, task(early_stop=True), samples)
+    )
+
+    assert ["cancelled", "cancelled", "stop"] == sorted(c.finish_reason for c in candidates)
+    assert ("4", 2) == (result.text, result.candidates_cancelled)
+    assert result.usage.estimated
+    assert sum((c.usage for c in candidates), Usage()) == result.usage
+    assert pytest.approx(result.usage.input_tokens + 2 * result.usage.output_tokens) == (
+        result.cost_usd * 1e6
+    )
+    for call in upstream.calls:
+        if samples == "one_call":
+            await asyncio.wait_for(call.left.wait(), 1)
+
+
+async def test_nothing_is_cancelled_below_the_mark_or_unasked(upstream: Upstream) -> None:
+    upstream.scripts = [says("4", tokens=1), says("5", delay=0.1, tokens=1)]
+    for execution, rewards in [
+        ({"early_stop": True}, Rewards({"4": 0.8, "5": 0.1})),
+        ({}, Rewards({"4": 0.95, "5": 0.1})),
+    ]:
+        upstream.calls.clear()
+        _, result = parts(await events_of(upstream.url, rewards, task(2, **execution)))
+
+        assert ("4", 0) == (result.text, result.candidates_cancelled)
+        assert not result.usage.estimated
+
+
+# --- deadlines
+
+
+async def test_stragglers_are_cut_just_before_the_deadline(upstream: Upstream) -> None:
+    upstream.scripts = [says("4", tokens=5), hangs("five, or")]
+    order = task(2, within=0.6)
+    assert order.deadline is not None
+    candidates, result = parts(await events_of(upstream.url, Rewards({"4": -5.0}), order))
+
+    assert time.monotonic() < order.deadline
+    assert ("4", 1) == (result.text, result.candidates_cancelled)
+    assert {("4", "stop"), ("five, or", "cancelled")} == {
+        (c.text, c.finish_reason) for c in candidates
+    }
+    assert Usage(14, 7, estimated=True) == result.usage
+
+
+async def test_past_the_cut_the_first_answer_wins(upstream: Upstream) -> None:
+    """The cut comes 0.1 s before the deadline; nothing is complete by then."""
+    upstream.scripts = [says("4", delay=0.25), hangs("five")]
+    rewards = Rewards({"4": 0.1})
+    _, result = parts(await events_of(upstream.url, rewards, task(2, within=0.33)))
+
+    assert ("4", 1) == (result.text, result.candidates_cancelled)
+
+
+async def test_a_deadline_before_any_answer_is_an_error(upstream: Upstream) -> None:
+    upstream.scripts = [hangs("4")]
+    started = time.monotonic()
+    with pytest.raises(DeadlineExceeded, match="before any answer was complete"):
+        await events_of(upstream.url, Rewards(), task(2, within=0.3))
+
+    assert time.monotonic() - started < 0.4
+    for call in upstream.calls:
+        await asyncio.wait_for(call.left.wait(), 1)
+
+
+async def test_a_deadline_that_has_passed_is_an_error(upstream: Upstream) -> None:
+    with pytest.raises(DeadlineExceeded):
+        await events_of(upstream.url, Rewards(), task(2, within=-1.0))
+
+
+async def test_scoring_that_takes_too_long_is_given_up(upstream: Upstream) -> None:
+    rewards = Rewards({"4": 0.5}, delay=5)
+    candidates, result = parts(await events_of(upstream.url, rewards, task(2, within=0.4)))
+
+    assert [None, None] == [candidate.reward for candidate in candidates]
+    assert "4" == result.text
+
+
+# --- escalation
+
+
+async def test_poor_answers_go_to_the_reference(upstream: Upstream) -> None:
+    upstream.scripts = [says("3", tokens=5), says("3", tokens=5), says("4", tokens=5)]
+    rewards = Rewards({"3": 0.2, "4": 0.7})
+    events = await events_of(upstream.url, rewards, task(2, escalate=True))
+    candidates, result = parts(events)
+
+    assert ["small", "small", "large"] == [call.body["model"] for call in upstream.calls]
+    assert ["small", "small", "large"] == [c.model for c in candidates]
+    assert Delta(2, "4") in events
+    assert (2, "large", "4", True) == (
+        result.candidate,
+        result.model,
+        result.text,
+        result.escalated,
+    )
+    assert pytest.approx((2 * (10 + 10) + (100 + 100)) / 1e6) == result.cost_usd
+
+
+async def test_a_reference_that_does_worse_loses(upstream: Upstream) -> None:
+    upstream.scripts = [says("3"), says("4")]
+    rewards = Rewards({"3": 0.2, "4": 0.1})
+    _, result = parts(await events_of(upstream.url, rewards, task(1, escalate=True)))
+
+    assert ("3", True) == (result.text, result.escalated)
+
+
+async def test_a_reference_that_fails_loses(llmock: LLMock) -> None:
+    llmock.reply("3", times=None).fail(400, message="no", model="large")
+    rewards = Rewards({"3": 0.2})
+    candidates, result = parts(await events_of(llmock.base_url(), rewards, task(1, escalate=True)))
+
+    assert ["stop", "error"] == [candidate.finish_reason for candidate in candidates]
+    assert ("3", True) == (result.text, result.escalated)
+
+
+@pytest.mark.parametrize(
+    ("order", "reward", "pool"),
+    [
+        pytest.param(task(1, escalate=True), 0.3, {}, id="good-enough"),
+        pytest.param(task(2), 0.1, {}, id="not-asked-for"),
+        pytest.param(task(1, escalate=True), 0.1, {"escalate_reward": None}, id="no-floor"),
+        pytest.param(
+            replace(task(1, escalate=True), model="large"), 0.1, {}, id="the-reference-itself"
+        ),
+    ],
+)
+async def test_the_reference_is_not_asked_if(
+    upstream: Upstream, order: Task, reward: float, pool: dict[str, Any]
+) -> None:
+    order = replace(order, started=time.monotonic())
+    _, result = parts(await events_of(upstream.url, Rewards({"4": reward}), order, **pool))
+
+    assert not result.escalated
+    assert order.samples == len(upstream.calls)
+
+
+# --- leaving
+
+
+async def test_who_leaves_stops_the_calls_at_once(upstream: Upstream) -> None:
+    upstream.scripts = [hangs("4")]
+    async with Providers(served_at(upstream.url)) as providers:
+        pool = BestOfN(providers, Rewards(), PRICES, "large", None, None)
+        before = asyncio.all_tasks()
+        async with aclosing(pool.run(task())) as events:
+            async for _ in events:
+                if len(upstream.calls) == 3:
+                    break
+        left_at = time.monotonic()
+
+        ours = {t for t in asyncio.all_tasks() - before if "bestroute" in str(t.get_coro())}
+        assert set() == ours
+        for call in upstream.calls:
+            await asyncio.wait_for(call.left.wait(), 1)
+        assert time.monotonic() - left_at < 0.5
+
+
+async def test_who_is_cancelled_stops_the_calls_at_once(upstream: Upstream) -> None:
+    upstream.scripts = [hangs("4")]
+    consumer = asyncio.create_task(events_of(upstream.url, Rewards(), task(2)))
+    while upstream.under_way < 2:
+        await asyncio.sleep(0.001)
+    consumer.cancel()
+    await asyncio.wait([consumer])
+
+    assert consumer.cancelled()
+    for call in upstream.calls:
+        await asyncio.wait_for(call.left.wait(), 1)
