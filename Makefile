@@ -32,7 +32,7 @@ types: $(VENV)/ready ## check types, strictly
 	$(VENV)/bin/mypy
 
 bench: $(VENV)/ready ## measure Route beside the bare session; writes benchmarks/results/
-	$(VENV)/bin/python benchmarks/route.py
+	$(VENV)/bin/python -m benchmarks.route
 
 proto: $(VENV)/ready ## generate server/bestroute/v1 from proto/
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python proto/generate.py

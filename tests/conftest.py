@@ -5,11 +5,11 @@ from pathlib import Path
 
 import grpc
 import pytest
-from tests import tiny
 
 from bestroute.app import Running, serving
 from bestroute.config import Batching, Server, Settings
 from bestroute.v1 import routing_pb2_grpc
+from tests import tiny
 
 pytest_plugins = ["tests.upstreams"]
 

@@ -5,7 +5,7 @@ import math
 import random
 import struct
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
@@ -23,8 +23,8 @@ if TYPE_CHECKING:  # exists in the stub file only
 SERVICE = "/bestroute.v1.RoutingService/"
 
 
-def policy(**fields: object) -> pb.RouteRequest:
-    return pb.RouteRequest(prompt="easy", policy=pb.RoutingPolicy(**fields))  # type: ignore[arg-type]
+def policy(**fields: Any) -> pb.RouteRequest:
+    return pb.RouteRequest(prompt="easy", policy=pb.RoutingPolicy(**fields))
 
 
 def turns(*turns: tuple[str, str]) -> pb.Messages:
@@ -95,6 +95,13 @@ SCORE: list[tuple[str, Message | bytes, str]] = [
 CASES = [("Route", *case) for case in ROUTE] + [("Score", *case) for case in SCORE]
 
 
+def caller(
+    channel: grpc.aio.Channel, method: str
+) -> grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]:
+    """Calls a method with bytes that no client library would send."""
+    return channel.unary_unary(SERVICE + method)
+
+
 def raw(request: Message | bytes) -> bytes:
     return request if isinstance(request, bytes) else request.SerializeToString()
 
@@ -117,7 +124,7 @@ async def test_bad_input_is_named(
     channel: grpc.aio.Channel, method: str, name: str, request_: Message | bytes, field: str
 ) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as failure:
-        await channel.unary_unary(SERVICE + method)(raw(request_))
+        await caller(channel, method)(raw(request_))
 
     assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert violations(failure.value) == [field]
@@ -141,7 +148,7 @@ async def test_unknown_fields_are_no_error(channel: grpc.aio.Channel) -> None:
     """A newer client may send what this server doesn't know."""
     newer = pb.RouteRequest(prompt="easy").SerializeToString() + b"\xf8\x3f\x01"
 
-    answer = pb.RouteResponse.FromString(await channel.unary_unary(SERVICE + "Route")(newer))
+    answer = pb.RouteResponse.FromString(await caller(channel, "Route")(newer))
 
     assert answer.arm.model == "small"
 
@@ -150,12 +157,12 @@ async def test_500_hostile_requests_harm_no_good_one(channel: grpc.aio.Channel) 
     """One channel; every hostile request is refused, every good one among them answered right."""
     source = random.Random(7)
     hostile = _hostile(source)
-    route = channel.unary_unary(SERVICE + "Route")
+    route = caller(channel, "Route")
 
     async def attack() -> grpc.StatusCode:
         method, request = next(hostile)
         try:
-            await channel.unary_unary(SERVICE + method)(request)
+            await caller(channel, method)(request)
         except grpc.aio.AioRpcError as error:
             return error.code()
         return grpc.StatusCode.OK

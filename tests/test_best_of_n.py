@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from llmock.pytest_plugin import LLMock
-from tests.upstreams import Call, Chunk, Upstream, finish, hangs, says, served_at, text, usage
 
+from bestroute import best_of_n
 from bestroute.best_of_n import BestOfN, Candidate, Event, Execution, Result, Task, best
 from bestroute.completion import Delta, Usage
 from bestroute.errors import DeadlineExceeded, ProviderFailed
@@ -18,6 +18,19 @@ from bestroute.policy import InputBilling
 from bestroute.pricing import ModelPrice
 from bestroute.prompt import Prompt
 from bestroute.providers import Providers, Sampling
+from tests.upstreams import (
+    Call,
+    Chunk,
+    Script,
+    Upstream,
+    finish,
+    hangs,
+    says,
+    served_at,
+    text,
+    until,
+    usage,
+)
 
 PRICES = {
     "small": ModelPrice(1.0, 2.0, InputBilling.PER_SAMPLE),
@@ -52,8 +65,8 @@ async def events_of(
 ) -> list[Event]:
     thresholds: dict[str, Any] = {"accept_reward": 0.9, "escalate_reward": 0.3, **pool}
     async with Providers(served_at(url, samples=samples)) as providers:
-        best_of_n = BestOfN(providers, rewards, PRICES, "large", **thresholds)
-        async with aclosing(best_of_n.run(task)) as events:
+        answering = BestOfN(providers, rewards, PRICES, "large", **thresholds)
+        async with aclosing(answering.run(task)) as events:
             return [event async for event in events]
 
 
@@ -65,8 +78,8 @@ def parts(events: Sequence[Event]) -> tuple[list[Candidate], Result]:
     return sorted(candidates, key=lambda candidate: candidate.index), result
 
 
-def by_seed_of(*answers: str) -> Any:
-    """A script in which each call takes the answer that its place in the request says."""
+def in_turn(*answers: str) -> Script:
+    """A script in which each call takes the next answer."""
     taken = iter(answers)
 
     async def script(call: Call) -> AsyncIterator[Chunk]:
@@ -109,16 +122,16 @@ def test_the_best_is(candidates: list[Candidate], expected: int | None) -> None:
 
 
 async def test_the_highest_reward_wins_and_all_are_paid_for(upstream: Upstream) -> None:
-    upstream.scripts = [by_seed_of("3", "4", "5")]
+    upstream.scripts = [in_turn("3", "4", "5")]
     rewards = Rewards({"3": 0.1, "4": 0.8, "5": 0.2})
     candidates, result = parts(await events_of(upstream.url, rewards, task()))
 
     assert {("3", 0.1), ("4", 0.8), ("5", 0.2)} == {(c.text, c.reward) for c in candidates}
-    assert ("small", "4") == (result.model, result.text)
+    assert (result.model, result.text) == ("small", "4")
     assert candidates[result.candidate].text == "4"
     assert Usage(30, 15) == result.usage
     assert pytest.approx(3 * (10 * 1 + 5 * 2) / 1e6) == result.cost_usd
-    assert (0, False) == (result.candidates_cancelled, result.escalated)
+    assert (result.candidates_cancelled, result.escalated) == (0, False)
     assert 0 < result.time_to_first_token <= result.duration
 
 
@@ -129,10 +142,10 @@ async def test_a_single_sample_streams_through_unscored(llmock: LLMock) -> None:
 
     deltas = [event for event in events if isinstance(event, Delta)]
     [candidate], result = parts(events)
-    assert ["Two ", "and ", "two ", "is ", "four."] == [delta.text for delta in deltas]
+    assert [delta.text for delta in deltas] == ["Two ", "and ", "two ", "is ", "four."]
     assert candidate.reward is None
-    assert [] == rewards.asked
-    assert "Two and two is four." == result.text
+    assert rewards.asked == []
+    assert result.text == "Two and two is four."
 
 
 @pytest.mark.parametrize("samples", ["one_call", "many_calls"])
@@ -156,18 +169,24 @@ async def test_best_of_three_by_a_real_llm(standin: str, samples: str) -> None:
 
 
 async def test_scoring_one_does_not_hold_up_the_others(upstream: Upstream) -> None:
-    upstream.scripts = [says("4"), says("f", "i", "v", "e", delay=0.05)]
-    rewards = Rewards({"4": 0.8, "five": 0.1}, delay=0.5)
-    started = time.monotonic()
-    arrived: dict[str, float] = {}
+    upstream.scripts = [says("4"), says("f", "i", "v", "e", delay=0.01)]
+    all_arrived = asyncio.Event()
+
+    class Patient(Rewards):
+        async def __call__(self, prompt: Prompt, answers: Sequence[str]) -> Sequence[float]:
+            await all_arrived.wait()
+            return await super().__call__(prompt, answers)
+
     async with Providers(served_at(upstream.url)) as providers:
+        rewards = Patient({"4": 0.8, "five": 0.1})
         pool = BestOfN(providers, rewards, PRICES, "large", None, None)
         async with aclosing(pool.run(task(2))) as events:
             async for event in events:
-                if isinstance(event, Delta):
-                    arrived[event.text] = time.monotonic() - started
+                if isinstance(event, Delta) and event.text == "e":
+                    all_arrived.set()
 
-    assert arrived["e"] < 0.5
+    assert rewards.asked[0] == "4"
+    assert all_arrived.is_set()
 
 
 async def test_in_one_call_a_choice_is_scored_before_the_others_end(upstream: Upstream) -> None:
@@ -176,8 +195,7 @@ async def test_in_one_call_a_choice_is_scored_before_the_others_end(upstream: Up
     async def script(call: Call) -> AsyncIterator[Chunk]:
         yield text("4", 0)
         yield finish(0)
-        while not rewards.asked:  # only a score lets this go on
-            await asyncio.sleep(0.01)
+        await until(lambda: bool(rewards.asked))
         yield text("5", 1)
         yield finish(1)
         yield usage(10, 10)
@@ -191,19 +209,19 @@ async def test_in_one_call_a_choice_is_scored_before_the_others_end(upstream: Up
 async def test_a_score_that_fails_does_not_lose_the_answer(
     upstream: Upstream, caplog: pytest.LogCaptureFixture
 ) -> None:
-    upstream.scripts = [by_seed_of("3", "4")]
+    upstream.scripts = [in_turn("3", "4")]
     candidates, result = parts(await events_of(upstream.url, Rewards({"4": -1.0}), task(2)))
 
     assert {("3", None), ("4", -1.0)} == {(c.text, c.reward) for c in candidates}
-    assert "4" == result.text
+    assert result.text == "4"
     assert "could not be scored" in caplog.text
 
 
 async def test_without_any_score_there_is_still_an_answer(upstream: Upstream) -> None:
     candidates, result = parts(await events_of(upstream.url, Rewards(), task(2)))
 
-    assert [None, None] == [candidate.reward for candidate in candidates]
-    assert (0, "4") == (result.candidate, result.text)
+    assert [candidate.reward for candidate in candidates] == [None, None]
+    assert (result.candidate, result.text) == (0, "4")
 
 
 # --- failures
@@ -214,10 +232,10 @@ async def test_one_failure_is_reported_and_the_others_answer(llmock: LLMock) -> 
     candidates, result = parts(await events_of(llmock.base_url(), Rewards({"4": 0.5}), task()))
 
     [failed] = [candidate for candidate in candidates if candidate.error]
-    assert "test: 400 no luck" == str(failed.error)
+    assert str(failed.error) == "test: 400 no luck"
     assert ("error", None, Usage()) == (failed.finish_reason, failed.reward, failed.usage)
-    assert "4" == result.text
-    assert 0 == result.candidates_cancelled
+    assert result.text == "4"
+    assert result.candidates_cancelled == 0
 
 
 async def test_if_all_fail_the_provider_s_words_are_raised(llmock: LLMock) -> None:
@@ -264,8 +282,8 @@ async def test_an_answer_that_is_good_enough_cancels_the_rest(
         await events_of(upstream.url, rewards, task(early_stop=True), samples)
     )
 
-    assert ["cancelled", "cancelled", "stop"] == sorted(c.finish_reason for c in candidates)
-    assert ("4", 2) == (result.text, result.candidates_cancelled)
+    assert sorted(c.finish_reason for c in candidates) == ["cancelled", "cancelled", "stop"]
+    assert (result.text, result.candidates_cancelled) == ("4", 2)
     assert result.usage.estimated
     assert sum((c.usage for c in candidates), Usage()) == result.usage
     assert pytest.approx(result.usage.input_tokens + 2 * result.usage.output_tokens) == (
@@ -273,7 +291,7 @@ async def test_an_answer_that_is_good_enough_cancels_the_rest(
     )
     for call in upstream.calls:
         if samples == "one_call":
-            await asyncio.wait_for(call.left.wait(), 1)
+            await asyncio.wait_for(call.left.wait(), 2)
 
 
 async def test_nothing_is_cancelled_below_the_mark_or_unasked(upstream: Upstream) -> None:
@@ -285,45 +303,52 @@ async def test_nothing_is_cancelled_below_the_mark_or_unasked(upstream: Upstream
         upstream.calls.clear()
         _, result = parts(await events_of(upstream.url, rewards, task(2, **execution)))
 
-        assert ("4", 0) == (result.text, result.candidates_cancelled)
+        assert (result.text, result.candidates_cancelled) == ("4", 0)
         assert not result.usage.estimated
 
 
 # --- deadlines
 
 
-async def test_stragglers_are_cut_just_before_the_deadline(upstream: Upstream) -> None:
+async def test_stragglers_are_cut_before_the_deadline(
+    upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(best_of_n, "CUT_BEFORE_DEADLINE", 3.0)  # leaves a busy machine its time
     upstream.scripts = [says("4", tokens=5), hangs("five, or")]
-    order = task(2, within=0.6)
+    order = task(2, within=3.5)
     assert order.deadline is not None
     candidates, result = parts(await events_of(upstream.url, Rewards({"4": -5.0}), order))
 
+    assert time.monotonic() - order.started >= 0.5
     assert time.monotonic() < order.deadline
-    assert ("4", 1) == (result.text, result.candidates_cancelled)
-    assert {("4", "stop"), ("five, or", "cancelled")} == {
-        (c.text, c.finish_reason) for c in candidates
+    assert (result.text, result.candidates_cancelled) == ("4", 1)
+    assert {(c.text, c.finish_reason) for c in candidates} == {
+        ("4", "stop"),
+        ("five, or", "cancelled"),
     }
-    assert Usage(14, 7, estimated=True) == result.usage
+    assert result.usage == Usage(14, 7, estimated=True)
 
 
-async def test_past_the_cut_the_first_answer_wins(upstream: Upstream) -> None:
-    """The cut comes 0.1 s before the deadline; nothing is complete by then."""
-    upstream.scripts = [says("4", delay=0.25), hangs("five")]
-    rewards = Rewards({"4": 0.1})
-    _, result = parts(await events_of(upstream.url, rewards, task(2, within=0.33)))
+async def test_past_the_cut_the_first_answer_wins(
+    upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(best_of_n, "CUT_BEFORE_DEADLINE", 5.0)  # at once
+    upstream.scripts = [says("4", delay=0.1), hangs("five")]
+    order = task(2, within=5.0)
+    assert order.deadline is not None
+    _, result = parts(await events_of(upstream.url, Rewards({"4": 0.1}), order))
 
-    assert ("4", 1) == (result.text, result.candidates_cancelled)
+    assert time.monotonic() < order.deadline
+    assert (result.text, result.candidates_cancelled) == ("4", 1)
 
 
 async def test_a_deadline_before_any_answer_is_an_error(upstream: Upstream) -> None:
     upstream.scripts = [hangs("4")]
-    started = time.monotonic()
     with pytest.raises(DeadlineExceeded, match="before any answer was complete"):
         await events_of(upstream.url, Rewards(), task(2, within=0.3))
 
-    assert time.monotonic() - started < 0.4
     for call in upstream.calls:
-        await asyncio.wait_for(call.left.wait(), 1)
+        await asyncio.wait_for(call.left.wait(), 2)
 
 
 async def test_a_deadline_that_has_passed_is_an_error(upstream: Upstream) -> None:
@@ -333,10 +358,10 @@ async def test_a_deadline_that_has_passed_is_an_error(upstream: Upstream) -> Non
 
 async def test_scoring_that_takes_too_long_is_given_up(upstream: Upstream) -> None:
     rewards = Rewards({"4": 0.5}, delay=5)
-    candidates, result = parts(await events_of(upstream.url, rewards, task(2, within=0.4)))
+    candidates, result = parts(await events_of(upstream.url, rewards, task(2, within=1.0)))
 
-    assert [None, None] == [candidate.reward for candidate in candidates]
-    assert "4" == result.text
+    assert [candidate.reward for candidate in candidates] == [None, None]
+    assert result.text == "4"
 
 
 # --- escalation
@@ -348,15 +373,15 @@ async def test_poor_answers_go_to_the_reference(upstream: Upstream) -> None:
     events = await events_of(upstream.url, rewards, task(2, escalate=True))
     candidates, result = parts(events)
 
-    assert ["small", "small", "large"] == [call.body["model"] for call in upstream.calls]
-    assert ["small", "small", "large"] == [c.model for c in candidates]
+    assert [call.body["model"] for call in upstream.calls] == ["small", "small", "large"]
+    assert [c.model for c in candidates] == ["small", "small", "large"]
     assert Delta(2, "4") in events
-    assert (2, "large", "4", True) == (
+    assert (
         result.candidate,
         result.model,
         result.text,
         result.escalated,
-    )
+    ) == (2, "large", "4", True)
     assert pytest.approx((2 * (10 + 10) + (100 + 100)) / 1e6) == result.cost_usd
 
 
@@ -365,7 +390,7 @@ async def test_a_reference_that_does_worse_loses(upstream: Upstream) -> None:
     rewards = Rewards({"3": 0.2, "4": 0.1})
     _, result = parts(await events_of(upstream.url, rewards, task(1, escalate=True)))
 
-    assert ("3", True) == (result.text, result.escalated)
+    assert (result.text, result.escalated) == ("3", True)
 
 
 async def test_a_reference_that_fails_loses(llmock: LLMock) -> None:
@@ -373,8 +398,8 @@ async def test_a_reference_that_fails_loses(llmock: LLMock) -> None:
     rewards = Rewards({"3": 0.2})
     candidates, result = parts(await events_of(llmock.base_url(), rewards, task(1, escalate=True)))
 
-    assert ["stop", "error"] == [candidate.finish_reason for candidate in candidates]
-    assert ("3", True) == (result.text, result.escalated)
+    assert [candidate.finish_reason for candidate in candidates] == ["stop", "error"]
+    assert (result.text, result.escalated) == ("3", True)
 
 
 @pytest.mark.parametrize(
@@ -410,23 +435,20 @@ async def test_who_leaves_stops_the_calls_at_once(upstream: Upstream) -> None:
             async for _ in events:
                 if len(upstream.calls) == 3:
                     break
-        left_at = time.monotonic()
 
         ours = {t for t in asyncio.all_tasks() - before if "bestroute" in str(t.get_coro())}
         assert set() == ours
         for call in upstream.calls:
-            await asyncio.wait_for(call.left.wait(), 1)
-        assert time.monotonic() - left_at < 0.5
+            await asyncio.wait_for(call.left.wait(), 2)
 
 
 async def test_who_is_cancelled_stops_the_calls_at_once(upstream: Upstream) -> None:
     upstream.scripts = [hangs("4")]
     consumer = asyncio.create_task(events_of(upstream.url, Rewards(), task(2)))
-    while upstream.under_way < 2:
-        await asyncio.sleep(0.001)
+    await until(lambda: upstream.under_way == 2)
     consumer.cancel()
     await asyncio.wait([consumer])
 
     assert consumer.cancelled()
     for call in upstream.calls:
-        await asyncio.wait_for(call.left.wait(), 1)
+        await asyncio.wait_for(call.left.wait(), 2)

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests import tiny
 
 from bestroute.bundle import DEFAULT_BUNDLE, MANIFEST, Bundle
 from bestroute.config import Engine
 from bestroute.errors import BundleInvalid
 from bestroute.router import verify
+from tests import tiny
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ async def test_the_default_bundle_is_what_it_says() -> None:
 
     assert await verify(bundle, Engine()) <= bundle.manifest.golden.tolerance
     assert bundle.manifest.reference_model == "claude-sonnet-4"
-    samples = {}
+    samples: dict[str, list[int]] = {}
     for arm in bundle.manifest.arms:
         samples.setdefault(arm.model, []).append(arm.samples)
     assert len(samples) == 6

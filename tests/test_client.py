@@ -15,7 +15,6 @@ import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
-from tests.scripted import ANSWER, Context, scripted
 
 from bestroute.app import Running, serving
 from bestroute.client import Client, RouteStream, SyncClient, SyncRouteStream
@@ -28,6 +27,8 @@ from bestroute.errors import (
     ProviderFailed,
 )
 from bestroute.v1 import routing_pb2 as pb
+from tests.scripted import ANSWER, Context, scripted
+from tests.upstreams import Upstream, says, served_at
 
 REFUSED = "127.0.0.1:1"
 """Nothing listens here: the port is reserved."""
@@ -500,6 +501,26 @@ async def test_the_code_of_a_failure_on_a_stream_is_kept() -> None:
 
 
 # Generate
+
+
+async def test_generate_ends_with_the_result(settings: Settings, upstream: Upstream) -> None:
+    upstream.scripts = [says("the ", "answer", tokens=2)]
+    served = served_at(upstream.url, "small", "medium", "large")
+    both = served.model_copy(update={"bundle": settings.bundle, "server": settings.server})
+    async with serving(both) as server, Client(server.address) as client:
+        events = [event async for event in client.generate("easy")]
+
+    assert events[0].decision.arm.model == "small"
+    assert events[-1].result.text == "the answer"
+
+
+async def test_no_answer_from_any_llm_is_an_error_of_its_own(settings: Settings) -> None:
+    served = served_at(f"http://{REFUSED}/v1", "small", "medium", "large", max_retries=0)
+    both = served.model_copy(update={"bundle": settings.bundle, "server": settings.server})
+    async with serving(both) as server, Client(server.address) as client:
+        with pytest.raises(ProviderFailed):
+            async for _ in client.generate("easy"):
+                pass
 
 
 class Generator:

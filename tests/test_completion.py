@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from openai._models import construct_type
 from openai.types.chat import ChatCompletionChunk
-from tests.upstreams import finish, text, usage
 
 from bestroute.completion import (
     Completion,
@@ -20,6 +19,7 @@ from bestroute.completion import (
     shares,
 )
 from bestroute.errors import ProviderFailed
+from tests.upstreams import finish, text, usage
 
 ANSWER = "x" * 40  # ten tokens, as they are estimated
 PROMPT = 20  # characters: five tokens
@@ -132,7 +132,7 @@ def test_a_refusal_is_an_answer() -> None:
     events, [end] = read([{"choices": [{"index": 0, "delta": {"refusal": "No."}}]}, finish()])
 
     assert [Delta(0, "No."), Finished(0, "No.")] == events
-    assert ("No.", "stop", None) == (end.text, end.finish_reason, end.error)
+    assert (end.text, end.finish_reason, end.error) == ("No.", "stop", None)
 
 
 def test_odd_chunks_are_borne() -> None:
@@ -150,7 +150,7 @@ def test_odd_chunks_are_borne() -> None:
     )
 
     assert [Delta(0, "4"), Finished(0, "4")] == events
-    assert ("4", "length", None) == (end.text, end.finish_reason, end.error)
+    assert (end.text, end.finish_reason, end.error) == ("4", "length", None)
 
 
 @pytest.mark.parametrize("blank", ["", " \n"])
@@ -158,8 +158,8 @@ def test_an_empty_answer_is_a_failure(blank: str) -> None:
     events, [end] = read([text(blank), finish(reason="content_filter")])
 
     assert not any(isinstance(event, Finished) for event in events)
-    assert "error" == end.finish_reason
-    assert "acme: empty answer (finish_reason content_filter)" == str(end.error)
+    assert end.finish_reason == "error"
+    assert str(end.error) == "acme: empty answer (finish_reason content_filter)"
 
 
 def test_an_interruption_fails_only_what_had_not_finished() -> None:
@@ -174,8 +174,9 @@ def test_an_interruption_fails_only_what_had_not_finished() -> None:
 def test_a_cancellation_keeps_what_there_was() -> None:
     _, ended = read([text("a", 0), text("b", 1), finish(0)], 2)
 
-    assert [("a", "stop", None), ("b", "cancelled", None)] == [
-        (end.text, end.finish_reason, end.error) for end in ended
+    assert [(end.text, end.finish_reason, end.error) for end in ended] == [
+        ("a", "stop", None),
+        ("b", "cancelled", None),
     ]
 
 

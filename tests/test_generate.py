@@ -10,11 +10,11 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
-from tests.upstreams import Call, Chunk, Upstream, finish, hangs, says, served_at, text
 
 from bestroute.app import serving
 from bestroute.config import Server, Settings
 from bestroute.v1 import routing_pb2 as pb
+from tests.upstreams import Call, Chunk, Upstream, finish, hangs, says, served_at, text
 
 if TYPE_CHECKING:  # exists in the stub file only
     from bestroute.v1.routing_pb2_grpc import RoutingServiceAsyncStub

@@ -80,4 +80,4 @@ def test_used_tokens_cost_their_price() -> None:
     price = ModelPrice(input_usd_per_mtok=2, output_usd_per_mtok=10, billing=ONCE)
 
     assert pytest.approx(0.0012) == cost(Usage(100, 100), price)
-    assert 0 == cost(Usage(), price)
+    assert cost(Usage(), price) == 0

@@ -1,13 +1,13 @@
 """Route, RouteStream, Score and ListArms over a real channel to a real server."""
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
-from tests import tiny
 
 from bestroute.v1 import routing_pb2 as pb
+from tests import tiny
 
 if TYPE_CHECKING:  # exists in the stub file only
     from bestroute.v1.routing_pb2_grpc import RoutingServiceAsyncStub
@@ -54,8 +54,8 @@ async def test_a_hard_prompt_goes_to_the_reference(stub: "RoutingServiceAsyncStu
 
 
 async def test_limits_take_arms_out(stub: "RoutingServiceAsyncStub") -> None:
-    async def routed(**policy: object) -> tuple[str, int, int]:
-        request = pb.RouteRequest(prompt="easy", policy=pb.RoutingPolicy(**policy))  # type: ignore[arg-type]
+    async def routed(**policy: Any) -> tuple[str, int, int]:
+        request = pb.RouteRequest(prompt="easy", policy=pb.RoutingPolicy(**policy))
         response = await stub.Route(request)
         return response.arm.model, response.arm.samples, response.fallback_reason
 
@@ -71,7 +71,7 @@ async def test_limits_take_arms_out(stub: "RoutingServiceAsyncStub") -> None:
 
 
 async def test_targets_are_read_off_the_calibration_curve(stub: "RoutingServiceAsyncStub") -> None:
-    async def threshold(**target: float) -> float:
+    async def threshold(**target: Any) -> float:
         request = pb.RouteRequest(prompt="easy", policy=pb.RoutingPolicy(**target))
         return (await stub.Route(request)).match_threshold
 
@@ -159,7 +159,9 @@ async def test_a_stream_answers_each_message_by_its_id(stub: "RoutingServiceAsyn
 async def test_malformed_bytes_on_a_stream_get_an_answer_of_their_own(
     channel: grpc.aio.Channel,
 ) -> None:
-    call = channel.stream_stream("/bestroute.v1.RoutingService/RouteStream")()
+    call: grpc.aio.StreamStreamCall[bytes, bytes] = channel.stream_stream(
+        "/bestroute.v1.RoutingService/RouteStream"
+    )()
     bad = b"\x0a\x07\x0a\x01x\x12\x02\xff\xfe"  # request {request_id: "x", prompt: not UTF-8}
     good = pb.RouteStreamRequest(request=pb.RouteRequest(request_id="y", prompt="easy"))
     await call.write(bad)

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from tests.upstreams import Call, Chunk, Upstream, finish, text
 
 from bestroute.app import Running
 from bestroute.v1 import routing_pb2 as pb
 from bestroute.v1 import routing_pb2_grpc
+from tests.upstreams import Call, Chunk, Upstream, finish, text
 
 if TYPE_CHECKING:  # exists in the stub file only
     from bestroute.v1.routing_pb2_grpc import RoutingServiceAsyncStub
@@ -113,7 +113,7 @@ async def test_sigterm_answers_what_is_in_flight_and_refuses_the_rest(
     )
     with process("--bundle", str(tiny_bundle), "--config", str(config)) as (started, address):
         async with grpc.aio.insecure_channel(address) as channel:
-            stub: RoutingServiceAsyncStub = routing_pb2_grpc.RoutingServiceStub(channel)  # type: ignore[assignment]
+            stub: RoutingServiceAsyncStub = routing_pb2_grpc.RoutingServiceStub(channel)
             watch = health_pb2_grpc.HealthStub(channel).Watch(
                 health_pb2.HealthCheckRequest(service="readiness")
             )
@@ -257,6 +257,6 @@ async def test_the_loop_never_stalls_under_load(stub: "RoutingServiceAsyncStub")
     assert sorted(lags)[int(len(lags) * 0.9)] < 0.1
 
 
-async def _quiet(call: "grpc.aio.UnaryUnaryCall[object, object]") -> None:
+async def _quiet(call: Awaitable[object]) -> None:
     with suppress(grpc.aio.AioRpcError):
         await call

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests import tiny
 
 from bestroute.tokenizer import Tokenizer, cut_middle, share
+from tests import tiny
 
 
 @pytest.fixture(scope="module")

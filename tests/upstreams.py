@@ -156,3 +156,9 @@ def hangs(*pieces: str) -> Script:
         await asyncio.Event().wait()
 
     return script
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what needs a few turns of the loop; if it never comes, the test times out."""
+    while not condition():  # noqa: ASYNC110 - a condition of any kind has no event
+        await asyncio.sleep(0.001)

@@ -195,7 +195,8 @@ class _Draft:
     Attributes:
         text: the answer once it is complete; `settled` is set when it is, or can't be any more.
         reward: None until it is scored.
-        end: the providers' last word on it; `ended` is set when it has come.
+        end: the providers' last word on it, once `ended` is set; until then, as if it had been
+            cancelled before its call began.
     """
 
     def __init__(self, index: int, model: str) -> None:
@@ -203,7 +204,7 @@ class _Draft:
         self.text: str | None = None
         self.settled = asyncio.Event()
         self.reward: float | None = None
-        self.end = Ended(index, "", CANCELLED, Usage())  # stands if cancelled before it began
+        self.end = Ended(index, "", CANCELLED, Usage())
         self.ended = asyncio.Event()
         self.reported = False
 
@@ -252,7 +253,7 @@ class _Run:
                 for draft in drafts:
                     tasks.create_task(self._follow(draft, sampling, scored=scored))
                 await self._until_cut(sampling)
-                for draft in drafts:
+                for draft in drafts:  # those that were cancelled before their call began
                     draft.settled.set()
                     draft.ended.set()
         except TimeoutError:
@@ -264,11 +265,12 @@ class _Run:
         """Wait for the sampling to end, but not past the cut once an answer is complete."""
         cut = self._before_deadline(CUT_BEFORE_DEADLINE)
         await asyncio.wait([sampling], timeout=None if cut is None else cut - time.monotonic())
-        complete = asyncio.ensure_future(self._some_complete.wait())
-        await asyncio.wait([sampling, complete], return_when=asyncio.FIRST_COMPLETED)
-        complete.cancel()
-        sampling.cancel()
-        await asyncio.wait([sampling])
+        if not sampling.done():
+            # Its end will do as well: then there is nothing left to wait for.
+            sampling.add_done_callback(lambda _: self._some_complete.set())
+            await self._some_complete.wait()
+            sampling.cancel()
+            await asyncio.wait([sampling])
 
     def _take(self, progress: Progress) -> None:
         """Note what a provider did."""
@@ -334,13 +336,13 @@ class _Run:
         draft.reported = True
         end = draft.end
         candidate = Candidate(
-            draft.index,
-            draft.model,
-            end.text,
-            draft.reward,
-            end.usage,
-            end.finish_reason,
-            end.error,
+            index=draft.index,
+            model=draft.model,
+            text=end.text,
+            reward=draft.reward,
+            usage=end.usage,
+            finish_reason=end.finish_reason,
+            error=end.error,
         )
         self._candidates.append(candidate)
         self._emit(candidate)

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; None takes the process's.
     """
     try:
-        args = _parser().parse_args(argv)
+        args = parser().parse_args(argv)
         code: int = args.run(args)
         sys.stdout.flush()
         return code
@@ -39,8 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return complain(str(error), code=1)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    root = argparse.ArgumentParser(
         prog="bestroute",
         **described(
             "Route each prompt to the cheapest LLM and number of samples that is predicted "
@@ -51,8 +52,8 @@ def _parser() -> argparse.ArgumentParser:
             "bestroute doctor",
         ),
     )
-    parser.add_argument("--version", action="version", version=f"bestroute {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    root.add_argument("--version", action="version", version=f"bestroute {__version__}")
+    commands = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in (serve, route, score, generate, doctor, bundle):
         command.add(commands)
-    return parser
+    return root

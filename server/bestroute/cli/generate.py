@@ -162,9 +162,7 @@ def _ends(drafts: dict[int, str], width: int) -> "Table":
 
 
 def _decision(decision: pb.RouteResponse) -> str:
-    line = headline(decision.arm)
-    if decision.HasField("reference"):
-        line += f": {cost(decision)}"
+    line = f"{headline(decision.arm)}: {cost(decision)}"
     return f"{line} ({why})" if (why := reason(decision)) else line
 
 

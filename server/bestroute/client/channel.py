@@ -27,8 +27,8 @@ _SERVICE_CONFIG = {
             },
         }
     ],
-    # After five failures in a row nothing is repeated until ten calls in a row per failure went
-    # well: clients must not multiply the load of a service that is down or full.
+    # After five failures nothing is repeated until ten answers have paid for each of them: clients
+    # must not multiply the load of a service that is down or full.
     "retryThrottling": {"maxTokens": 10, "tokenRatio": 0.1},
 }
 

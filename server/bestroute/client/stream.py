@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from bestroute.v1.routing_pb2_grpc import RoutingServiceAsyncStub
 
 
+_LATE_WRITE = "Internal error from Core"
+"""What gRPC gives as the details of a call that was written to after the server had ended it."""
+
+
 class RouteStream:
     """An open stream; `route` may be called by any number of tasks at the same time.
 
@@ -134,15 +138,16 @@ class _Exchange:
                     return  # The call is over; the receiver learns why.
 
     async def _receive(self) -> None:
+        ended = grpc.aio.AioRpcError(
+            grpc.StatusCode.UNAVAILABLE, details="the server ended the stream"
+        )
         end = grpc.aio.AioRpcError(grpc.StatusCode.CANCELLED, details="the stream was closed")
         try:
             async for reply in self._call:
                 self._settle(decoded(reply))
-            end = grpc.aio.AioRpcError(
-                grpc.StatusCode.UNAVAILABLE, details="the server ended the stream"
-            )
+            end = ended
         except grpc.aio.AioRpcError as error:
-            end = error
+            end = ended if error.details() == _LATE_WRITE else error
         finally:
             self._sender.cancel()
             self._call.cancel()
