@@ -53,7 +53,7 @@ def main() -> int:
     prompts = record.mixed_prompts(tokenizer, options.prompts)
     ids = [tokenizer.prompt(prompt).ids for prompt in prompts]
     path = bundle.network_path(network, preferred_precisions(engine))
-    bare = Engine(path, engine, max_tokens=network.max_tokens)
+    bare = Engine(path, engine, max_items=options.prompts, max_tokens=network.max_tokens)
     bare.warm_up()
 
     with _server(options.bundle) as (server, address), Progress(transient=True) as progress:
@@ -112,11 +112,11 @@ def _saturation(
     report: Callable[[], None],
 ) -> dict[str, object]:
     """Throughput of the server and of the bare session, in turn; prompts per second."""
-    budget = max(_BUDGETS, key=lambda budget: _bare_rate(bare, ids, budget))
+    budget = max(_BUDGETS, key=lambda budget: bare_rate(bare, ids, budget))
     asyncio.run(_served(address, prompts, options.callers))  # warm
     served, bares, cpu, sizes = [], [], [], []
     for _ in range(options.repeats):
-        bares.append(_bare_rate(bare, ids, budget))
+        bares.append(bare_rate(bare, ids, budget))
         report()
         before = _cpu_seconds(pid), time.process_time()
         rate, seen = asyncio.run(_served(address, prompts, options.callers))
@@ -137,7 +137,7 @@ def _saturation(
     }
 
 
-def _bare_rate(bare: Engine, ids: Sequence[Ids], budget: int) -> float:
+def bare_rate(bare: Engine, ids: Sequence[Ids], budget: int) -> float:
     """Prompts per second of the session alone, sorted by length, in batches up to the budget."""
     batches: list[list[Ids]] = []
     for each in sorted(ids, key=len):

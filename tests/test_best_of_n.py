@@ -40,15 +40,16 @@ PRICES = {
 
 @dataclass
 class Rewards:
-    """A reward model that looks rewards up, by the answer."""
+    """A reward model that looks rewards up, by the answer; `until` keeps it from saying them."""
 
     by_answer: Mapping[str, float] = field(default_factory=dict)
-    delay: float = 0.0
+    until: asyncio.Event | None = None
     asked: list[str] = field(default_factory=list)
 
     async def __call__(self, prompt: Prompt, answers: Sequence[str]) -> Sequence[float]:
         self.asked += answers
-        await asyncio.sleep(self.delay)
+        if self.until is not None:
+            await self.until.wait()
         return [self.by_answer[answer] for answer in answers]
 
 
@@ -169,24 +170,24 @@ async def test_best_of_three_by_a_real_llm(standin: str, samples: str) -> None:
 
 
 async def test_scoring_one_does_not_hold_up_the_others(upstream: Upstream) -> None:
-    upstream.scripts = [says("4"), says("f", "i", "v", "e", delay=0.01)]
-    all_arrived = asyncio.Event()
+    """The second answer starts when the first is being scored, and that takes until it is here."""
+    arrived = asyncio.Event()
+    rewards = Rewards({"4": 0.8, "5": 0.1}, until=arrived)
 
-    class Patient(Rewards):
-        async def __call__(self, prompt: Prompt, answers: Sequence[str]) -> Sequence[float]:
-            await all_arrived.wait()
-            return await super().__call__(prompt, answers)
+    async def second(call: Call) -> AsyncIterator[Chunk]:
+        await until(lambda: rewards.asked == ["4"])
+        yield text("5")
+        yield finish()
 
+    upstream.scripts = [says("4"), second]
     async with Providers(served_at(upstream.url)) as providers:
-        rewards = Patient({"4": 0.8, "five": 0.1})
         pool = BestOfN(providers, rewards, PRICES, "large", None, None)
         async with aclosing(pool.run(task(2))) as events:
             async for event in events:
-                if isinstance(event, Delta) and event.text == "e":
-                    all_arrived.set()
+                if isinstance(event, Delta) and event.text == "5":
+                    arrived.set()
 
-    assert rewards.asked[0] == "4"
-    assert all_arrived.is_set()
+    assert rewards.asked == ["4", "5"]
 
 
 async def test_in_one_call_a_choice_is_scored_before_the_others_end(upstream: Upstream) -> None:
@@ -357,7 +358,7 @@ async def test_a_deadline_that_has_passed_is_an_error(upstream: Upstream) -> Non
 
 
 async def test_scoring_that_takes_too_long_is_given_up(upstream: Upstream) -> None:
-    rewards = Rewards({"4": 0.5}, delay=5)
+    rewards = Rewards({"4": 0.5}, until=asyncio.Event())
     candidates, result = parts(await events_of(upstream.url, rewards, task(2, within=1.0)))
 
     assert [candidate.reward for candidate in candidates] == [None, None]

@@ -3,7 +3,7 @@
 import asyncio
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -31,6 +31,7 @@ _PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _WARM_UP_LENGTHS = (16, 64, 128, 256, 512)
 
 
@@ -38,7 +39,7 @@ def cpus() -> int:
     """CPUs that this process may use: its affinity, bounded by the cgroup's quota; at least 1."""
     allowed = len(os.sched_getaffinity(0))
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        quota, period = _QUOTA.read_text(encoding="ascii").split()
     except (OSError, ValueError):
         return allowed
     return allowed if quota == "max" else max(1, min(allowed, math.ceil(int(quota) / int(period))))
@@ -58,11 +59,18 @@ class Engine:
         path: the ONNX file. Inputs `input_ids` and `attention_mask`, int64 [B, T]; the first
             output is float32 [B, K].
         settings: provider, threads, cache.
+        max_items: largest B.
         max_tokens: longest T.
+
+    Raises:
+        BundleInvalid: the file is no network that can be loaded.
+        ConfigInvalid: the provider can't be loaded.
     """
 
-    def __init__(self, path: Path, settings: EngineSettings, *, max_tokens: int) -> None:
-        self._session = _session(path, settings)
+    def __init__(
+        self, path: Path, settings: EngineSettings, *, max_items: int, max_tokens: int
+    ) -> None:
+        self._session = _session(path, settings, tensorrt_shapes(max_items, max_tokens))
         self._max_tokens = max_tokens
         self._output = self._session.get_outputs()[0].name
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"engine-{path.stem}")
@@ -103,7 +111,7 @@ class Engine:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
-def _session(path: Path, settings: EngineSettings) -> Any:
+def _session(path: Path, settings: EngineSettings, shapes: Mapping[str, str]) -> Any:
     provider = _PROVIDERS[settings.provider]
     if provider not in ort.get_available_providers():
         raise ConfigInvalid(
@@ -124,7 +132,7 @@ def _session(path: Path, settings: EngineSettings) -> Any:
         session = ort.InferenceSession(
             str(path),
             options,
-            providers=[(provider, _options(settings))],
+            providers=_providers(settings, shapes),
             disabled_optimizers=disabled,
         )
     except Exception as error:  # ONNX Runtime's errors have no common base but this
@@ -139,12 +147,35 @@ def _session(path: Path, settings: EngineSettings) -> Any:
     return session
 
 
-def _options(settings: EngineSettings) -> dict[str, str]:
-    if settings.provider != "tensorrt" or settings.cache is None:
-        return {}
+def _providers(
+    settings: EngineSettings, shapes: Mapping[str, str]
+) -> list[tuple[str, dict[str, str]]]:
+    """Execution providers with their options, the wanted one first."""
+    if settings.provider != "tensorrt":
+        return [(_PROVIDERS[settings.provider], {})]
+    caches = {}
+    if settings.cache is not None:
+        caches = {
+            "trt_engine_cache_enable": "1",
+            "trt_engine_cache_path": str(settings.cache),
+            "trt_timing_cache_enable": "1",
+            "trt_timing_cache_path": str(settings.cache),
+        }
+    # CUDA runs the nodes that TensorRT has no kernel for.
+    return [(_PROVIDERS["tensorrt"], {**shapes, **caches}), (_PROVIDERS["cuda"], {})]
+
+
+def tensorrt_shapes(max_items: int, max_tokens: int) -> dict[str, str]:
+    """The profile that TensorRT builds its engine for, at start.
+
+    Without one it would build another engine in the request path whenever a new shape comes.
+    """
+    shapes = {
+        "min": (1, 1),
+        "opt": (max(1, max_items // 4), max(1, max_tokens // 2)),
+        "max": (max_items, max_tokens),
+    }
     return {
-        "trt_engine_cache_enable": "1",
-        "trt_engine_cache_path": str(settings.cache),
-        "trt_timing_cache_enable": "1",
-        "trt_timing_cache_path": str(settings.cache),
+        f"trt_profile_{which}_shapes": f"input_ids:{b}x{t},attention_mask:{b}x{t}"
+        for which, (b, t) in shapes.items()
     }

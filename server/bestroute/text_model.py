@@ -125,7 +125,13 @@ async def open_text_model(
         ConfigInvalid: the engine's provider can't be loaded.
     """
     path = bundle.network_path(network, preferred_precisions(settings.engine))
-    engine = await asyncio.to_thread(Engine, path, settings.engine, max_tokens=network.max_tokens)
+    engine = await asyncio.to_thread(
+        Engine,
+        path,
+        settings.engine,
+        max_items=settings.batching.max_items,
+        max_tokens=network.max_tokens,
+    )
     tokenizer = Tokenizer(bundle.tokenizer_path, max_tokens=network.max_tokens)
     batcher = Batcher[Encoded, Row](
         lambda batch: engine([each.ids for each in batch]),
