@@ -31,8 +31,9 @@ lint: $(VENV)/ready ## check style, import layers, the contract and the image's 
 types: $(VENV)/ready ## check types, strictly
 	$(VENV)/bin/mypy
 
-bench: $(VENV)/ready ## measure Route beside the bare session; writes benchmarks/results/
+bench: $(VENV)/ready ## measure Route and the start beside the bare session; keeps the figures
 	$(VENV)/bin/python -m benchmarks.route
+	$(VENV)/bin/python -m benchmarks.startup
 
 proto: $(VENV)/ready ## generate server/bestroute/v1 from proto/
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python proto/generate.py

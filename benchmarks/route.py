@@ -12,13 +12,10 @@ import argparse
 import asyncio
 import itertools
 import os
-import re
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import grpc
@@ -27,6 +24,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks import record
+from benchmarks.process import served
 from bestroute.bundle import DEFAULT_BUNDLE, Bundle
 from bestroute.config import Engine as EngineSettings
 from bestroute.engine import Engine, preferred_precisions
@@ -56,7 +54,7 @@ def main() -> int:
     bare = Engine(path, engine, max_items=options.prompts, max_tokens=network.max_tokens)
     bare.warm_up()
 
-    with _server(options.bundle) as (server, address), Progress(transient=True) as progress:
+    with served(options.bundle) as (server, address), Progress(transient=True) as progress:
         report = _steps(progress, 2 * options.repeats + 1)
         one = asyncio.run(_one_caller(address, prompts, ids, bare))
         report()
@@ -113,26 +111,26 @@ def _saturation(
 ) -> dict[str, object]:
     """Throughput of the server and of the bare session, in turn; prompts per second."""
     budget = max(_BUDGETS, key=lambda budget: bare_rate(bare, ids, budget))
-    asyncio.run(_served(address, prompts, options.callers))  # warm
-    served, bares, cpu, sizes = [], [], [], []
+    asyncio.run(_closed_loop(address, prompts, options.callers))  # warm
+    rates, bares, cpu, sizes = [], [], [], []
     for _ in range(options.repeats):
         bares.append(bare_rate(bare, ids, budget))
         report()
         before = _cpu_seconds(pid), time.process_time()
-        rate, seen = asyncio.run(_served(address, prompts, options.callers))
+        rate, seen = asyncio.run(_closed_loop(address, prompts, options.callers))
         after = _cpu_seconds(pid), time.process_time()
         cpu.append((after[0] - before[0], after[1] - before[1]))
-        served.append(rate)
+        rates.append(rate)
         sizes += seen
         report()
     return {
-        "server_per_second_median": statistics.median(served),
+        "server_per_second_median": statistics.median(rates),
         "bare_session_per_second_median": statistics.median(bares),
-        "share_of_bare_session": statistics.median(served) / statistics.median(bares),
+        "share_of_bare_session": statistics.median(rates) / statistics.median(bares),
         "bare_session_padded_tokens": budget,
         "server_cpu_share": sum(s for s, _ in cpu) / sum(s + c for s, c in cpu),
         "batch_size_mean": statistics.mean(sizes),
-        "server_per_second": served,
+        "server_per_second": rates,
         "bare_session_per_second": bares,
     }
 
@@ -151,7 +149,9 @@ def bare_rate(bare: Engine, ids: Sequence[Ids], budget: int) -> float:
     return len(ids) / (time.perf_counter() - start)
 
 
-async def _served(address: str, prompts: Sequence[str], callers: int) -> tuple[float, list[int]]:
+async def _closed_loop(
+    address: str, prompts: Sequence[str], callers: int
+) -> tuple[float, list[int]]:
     """Prompts per second of the server in a closed loop, and the batch sizes it reports."""
     todo = itertools.chain(prompts)
     sizes = []
@@ -179,23 +179,6 @@ def _route(
         request_serializer=pb.RouteRequest.SerializeToString,
         response_deserializer=pb.RouteResponse.FromString,
     )
-
-
-@contextmanager
-def _server(bundle: Path) -> Iterator[tuple["subprocess.Popen[str]", str]]:
-    """`bestroute serve` in a process of its own; gives it and its address."""
-    command = ["-m", "bestroute", "serve", "--listen", "127.0.0.1:0", "--bundle", str(bundle)]
-    with subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True) as server:
-        assert server.stderr is not None
-        try:
-            for line in server.stderr:
-                if found := re.search(r" on (\S+:\d+)$", line.strip()):
-                    yield server, found[1]
-                    break
-            else:
-                raise SystemExit("the server did not start")
-        finally:
-            server.terminate()
 
 
 def _cpu_seconds(pid: int) -> float:

@@ -40,16 +40,16 @@ PRICES = {
 
 @dataclass
 class Rewards:
-    """A reward model that looks rewards up, by the answer; `until` keeps it from saying them."""
+    """A reward model that looks rewards up, by the answer; `gate` holds it up."""
 
     by_answer: Mapping[str, float] = field(default_factory=dict)
-    until: asyncio.Event | None = None
+    gate: asyncio.Event | None = None
     asked: list[str] = field(default_factory=list)
 
     async def __call__(self, prompt: Prompt, answers: Sequence[str]) -> Sequence[float]:
         self.asked += answers
-        if self.until is not None:
-            await self.until.wait()
+        if self.gate is not None:
+            await self.gate.wait()
         return [self.by_answer[answer] for answer in answers]
 
 
@@ -172,7 +172,7 @@ async def test_best_of_three_by_a_real_llm(standin: str, samples: str) -> None:
 async def test_scoring_one_does_not_hold_up_the_others(upstream: Upstream) -> None:
     """The second answer starts when the first is being scored, and that takes until it is here."""
     arrived = asyncio.Event()
-    rewards = Rewards({"4": 0.8, "5": 0.1}, until=arrived)
+    rewards = Rewards({"4": 0.8, "5": 0.1}, gate=arrived)
 
     async def second(call: Call) -> AsyncIterator[Chunk]:
         await until(lambda: rewards.asked == ["4"])
@@ -358,7 +358,7 @@ async def test_a_deadline_that_has_passed_is_an_error(upstream: Upstream) -> Non
 
 
 async def test_scoring_that_takes_too_long_is_given_up(upstream: Upstream) -> None:
-    rewards = Rewards({"4": 0.5}, until=asyncio.Event())
+    rewards = Rewards({"4": 0.5}, gate=asyncio.Event())
     candidates, result = parts(await events_of(upstream.url, rewards, task(2, within=1.0)))
 
     assert [candidate.reward for candidate in candidates] == [None, None]

@@ -141,7 +141,8 @@ async def test_a_bad_request_on_a_stream_fails_alone(client: Client) -> None:
 
 
 async def test_a_stream_goes_on_with_a_restarted_server(settings: Settings) -> None:
-    async with serving(settings) as first:
+    hasty = Server(listen="127.0.0.1:0", drain_timeout=0.1)
+    async with serving(settings.model_copy(update={"server": hasty})) as first:
         client = Client(first.address)
         stream = client.stream()
         await stream.route("easy")

@@ -1,11 +1,14 @@
 """Route, RouteStream, Score and ListArms over a real channel to a real server."""
 
 import asyncio
+import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
 
+from bestroute.engine import Engine, Row
 from bestroute.v1 import routing_pb2 as pb
 from tests import tiny
 
@@ -120,12 +123,22 @@ async def test_the_router_model_failing_leaves_the_reference(
             assert response.fallback_reason == pb.FALLBACK_REASON_UNSPECIFIED
 
 
-async def test_concurrent_calls_share_batches(stub: "RoutingServiceAsyncStub") -> None:
+async def test_concurrent_calls_share_batches(
+    stub: "RoutingServiceAsyncStub", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an engine that takes its time, as a real network does."""
+    run = Engine.run
+
+    def slow(self: Engine, inputs: Sequence[Sequence[int]]) -> list[Row]:
+        time.sleep(0.02)
+        return run(self, inputs)
+
+    monkeypatch.setattr(Engine, "run", slow)
     requests = [pb.RouteRequest(prompt=f"word{i} easy") for i in range(64)]
 
     responses = await asyncio.gather(*map(stub.Route, requests))
 
-    assert max(response.timing.batch_size for response in responses) > 1
+    assert max(response.timing.batch_size for response in responses) > 4
 
 
 async def test_a_stream_answers_each_message_by_its_id(stub: "RoutingServiceAsyncStub") -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 import pytest
+from blockbuster import blockbuster_ctx
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bestroute.app import Running
@@ -141,6 +142,27 @@ async def test_sigterm_answers_what_is_in_flight_and_refuses_the_rest(
         assert await asyncio.to_thread(started.wait, 10) == 0
 
 
+async def test_sigterm_ends_an_open_stream_after_its_answers(tiny_bundle: Path) -> None:
+    """An idle stream must not hold the server up, nor lose what it was asked."""
+    with process("--bundle", str(tiny_bundle)) as (started, address):
+        async with grpc.aio.insecure_channel(address) as channel:
+            stub: RoutingServiceAsyncStub = routing_pb2_grpc.RoutingServiceStub(channel)
+            stream = stub.RouteStream()
+            for number in range(100):
+                request = pb.RouteRequest(request_id=str(number), prompt="easy")
+                await stream.write(pb.RouteStreamRequest(request=request))
+            answers = [await anext(aiter(stream))]
+            started.send_signal(signal.SIGTERM)
+
+            with pytest.raises(grpc.aio.AioRpcError) as end:
+                answers += [answer async for answer in stream]
+
+        assert end.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert all(answer.response.arm.model == "small" for answer in answers)
+        assert len({answer.request_id for answer in answers}) == len(answers)
+        assert await asyncio.to_thread(started.wait, 5) == 0, "well before drain_timeout"
+
+
 async def _code_of_a_late_call(channel: grpc.aio.Channel) -> grpc.StatusCode:
     stub = routing_pb2_grpc.RoutingServiceStub(channel)
     try:
@@ -234,27 +256,33 @@ def test_serving_needs_no_training_framework() -> None:
     assert ended.stdout.strip() == "[]"
 
 
-async def test_the_loop_never_stalls_under_load(stub: "RoutingServiceAsyncStub") -> None:
-    """Long prompts, answers to score and bad input at once: no step holds the loop for 100 ms."""
-    lags: list[float] = []
+async def test_nothing_blocks_the_loop(
+    stub: "RoutingServiceAsyncStub", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long prompts, answers to score and bad input at once: no blocking call, no long step.
 
-    async def measure() -> None:
-        while True:
-            start = time.monotonic()
-            await asyncio.sleep(0.005)
-            lags.append(time.monotonic() - start - 0.005)
+    Steps are measured in CPU time of the loop's thread, so that a busy machine is no failure.
+    """
+    steps: list[float] = []
+    run = asyncio.Handle._run
 
-    measuring = asyncio.create_task(measure())
+    def measured(self: asyncio.Handle) -> None:
+        start = time.thread_time()
+        run(self)
+        steps.append(time.thread_time() - start)
+
+    monkeypatch.setattr(asyncio.Handle, "_run", measured)
     long = "word1 " * 20_000
-    async with asyncio.TaskGroup() as calls:
-        for _ in range(20):
-            calls.create_task(_quiet(stub.Route(pb.RouteRequest(prompt=long))))
-            calls.create_task(_quiet(stub.Score(pb.ScoreRequest(prompt=long, responses=["good"]))))
-            calls.create_task(_quiet(stub.Route(pb.RouteRequest(prompt=""))))
-    measuring.cancel()
+    with blockbuster_ctx("bestroute"):
+        async with asyncio.TaskGroup() as calls:
+            for _ in range(20):
+                calls.create_task(_quiet(stub.Route(pb.RouteRequest(prompt=long))))
+                request = pb.ScoreRequest(prompt=long, responses=["good"])
+                calls.create_task(_quiet(stub.Score(request)))
+                calls.create_task(_quiet(stub.Route(pb.RouteRequest(prompt=""))))
 
-    assert len(lags) > 10
-    assert sorted(lags)[int(len(lags) * 0.9)] < 0.1
+    assert len(steps) > 100
+    assert max(steps) < 0.05
 
 
 async def _quiet(call: Awaitable[object]) -> None:

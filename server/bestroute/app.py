@@ -51,9 +51,12 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
                 ("grpc.max_receive_message_length", limits.max_message_bytes),
                 # Two servers on one port would split the traffic between them without a word.
                 ("grpc.so_reuseport", 0),
+                # Clients may keep idle streams open through a NAT; the default is 5 minutes.
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
             ]
         )
-        service.RoutingService(router, limits).add_to(server)
+        routing = service.RoutingService(router, limits)
+        routing.add_to(server)
         healths = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(healths, server)
         reflection.enable_server_reflection(
@@ -76,6 +79,7 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
             for name in HEALTH_NAMES:
                 await healths.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
             await asyncio.sleep(limits.drain_delay)
+            routing.drain()
             await server.stop(limits.drain_timeout)
 
 

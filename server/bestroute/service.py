@@ -30,6 +30,7 @@ class RoutingService:
 
     def __init__(self, router: Router, limits: Server) -> None:
         self._router, self._limits = router, limits
+        self._draining = asyncio.Event()
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Register every RPC, with decoders that name what is malformed."""
@@ -80,10 +81,24 @@ class RoutingService:
             finally:
                 window.release()
 
-        async with asyncio.TaskGroup() as answers:
+        async def read(answers: asyncio.TaskGroup) -> None:
             async for message in requests:
                 await window.acquire()
                 answers.create_task(answer(message))
+
+        async with asyncio.TaskGroup() as answers:
+            reading = answers.create_task(read(answers))
+            draining = answers.create_task(self._draining.wait())
+            await asyncio.wait([reading, draining], return_when=asyncio.FIRST_COMPLETED)
+            reading.cancel()
+            draining.cancel()
+        if self._draining.is_set():
+            # What was read is answered; whoever has asked more since then asks another server.
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is shutting down")
+
+    def drain(self) -> None:
+        """End the open streams as soon as what was read from them is answered."""
+        self._draining.set()
 
     async def score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
         """Score given answers."""

@@ -59,6 +59,9 @@ def _details(error: Exception) -> list[any_pb2.Any]:
             delay = duration_pb2.Duration()
             delay.FromNanoseconds(int(error.retry_after * 1e9))
             message = error_details_pb2.RetryInfo(retry_delay=delay)
+        case ProviderFailed():
+            # Tells an LLM's failure from this server's absence, which has the same code.
+            message = error_details_pb2.ErrorInfo(reason="PROVIDER_FAILED", domain="bestroute")
         case _:
             return []
     detail = any_pb2.Any()
