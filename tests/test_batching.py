@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bestroute import batching
-from bestroute.batching import MAX_PADDING, Batcher, Budget, Pending, take_batch
+from bestroute.batching import Batcher, Budget, Pending, take_batch
 from bestroute.errors import DeadlineExceeded, Overloaded
 
 NOW = 1000.0
@@ -27,7 +27,7 @@ class Spec:
 
 
 specs = st.builds(Spec, st.integers(1, 300), st.booleans(), st.booleans())
-budgets = st.builds(Budget, st.integers(1, 8), st.integers(1, 600))
+budgets = st.builds(Budget, st.integers(1, 8), st.integers(1, 600), st.floats(0, 1))
 
 
 def entries(loop: asyncio.AbstractEventLoop, made: Sequence[Spec]) -> list[Pending[int, None]]:
@@ -58,7 +58,7 @@ def test_take_batch_keeps_its_promises(made: list[Spec], budget: Budget) -> None
     assert len(batch) <= budget.max_items
     if len(batch) > 1:
         assert max(lengths) * len(batch) <= budget.max_padded_tokens
-        assert sum(lengths) >= (1 - MAX_PADDING) * max(lengths) * len(batch)
+        assert sum(lengths) >= (1 - budget.max_padding) * max(lengths) * len(batch)
     assert batch[:1] == live[:1], "the oldest live entry always runs"
     assert [e.item for e in batch] == sorted(e.item for e in batch)
     assert all(not e.reply.done() and e.deadline is None for e in batch)
@@ -103,17 +103,19 @@ def test_take_batch_is_never_idle(lengths: list[int], budget: Budget) -> None:
         max_size=40,
     ),
     st.integers(1, 6),
+    st.integers(1, 3),
 )
 @settings(max_examples=150, deadline=None)
 def test_every_accepted_item_resolves_exactly_once(
-    schedule: list[tuple[str, int]], max_queue: int
+    schedule: list[tuple[str, int]], max_queue: int, in_flight: int
 ) -> None:
     """Under any mix of failures, departures and deadlines; those who left early never run."""
-    asyncio.run(_play(schedule, max_queue))
+    asyncio.run(_play(schedule, max_queue, in_flight))
 
 
-async def _play(schedule: list[tuple[str, int]], max_queue: int) -> None:
-    budget = Budget(3, 60)
+async def _play(schedule: list[tuple[str, int]], max_queue: int, in_flight: int) -> None:
+    running = 0
+    budget = Budget(3, 60, 0.25)
     ran: list[int] = []
     outcomes: dict[int, str] = {}
     left_before_running: set[int] = set()
@@ -125,8 +127,12 @@ async def _play(schedule: list[tuple[str, int]], max_queue: int) -> None:
             longest = max(length for _, length, _ in batch)
             assert longest * len(batch) <= budget.max_padded_tokens
         ran.extend(number for number, _, _ in batch)
+        nonlocal running
+        running += 1
+        assert running <= in_flight
         await asyncio.sleep(0)
         await asyncio.sleep(0)
+        running -= 1
         if any(fails for _, _, fails in batch):
             raise ArithmeticError("engine")
         return [number * 10 for number, _, _ in batch]
@@ -151,7 +157,11 @@ async def _play(schedule: list[tuple[str, int]], max_queue: int) -> None:
         outcomes[number] = outcome
 
     batcher = Batcher[tuple[int, int, bool], int](
-        run, length=lambda item: item[1], budget=budget, max_queue=max_queue
+        run,
+        length=lambda item: item[1],
+        budget=budget,
+        max_queue=max_queue,
+        in_flight=in_flight,
     )
     async with batcher.running():
         for kind, value in schedule:
@@ -180,7 +190,7 @@ def batcher_of(run: object, **options: object) -> Batcher[str, str]:
     return Batcher(
         run,  # type: ignore[arg-type]
         length=len,
-        budget=Budget(8, 100),
+        budget=Budget(8, 100, 0.25),
         **{"max_queue": 10} | options,  # type: ignore[arg-type]
     )
 

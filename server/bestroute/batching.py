@@ -18,8 +18,6 @@ from bestroute.errors import DeadlineExceeded, Overloaded
 In = TypeVar("In")
 Out = TypeVar("Out")
 
-MAX_PADDING = 0.25
-"""Largest share of a batch that may be padding; more costs a CPU more than batching gains."""
 LOOKAHEAD = 4
 """How many batches' worth of entries are looked at to fill one; bounds the cost of a decision."""
 
@@ -32,10 +30,12 @@ class Budget:
         max_items: most items.
         max_padded_tokens: most tokens, counting every item as long as the longest. An item that is
             longer by itself runs alone.
+        max_padding: largest share of those tokens that may be padding, in [0, 1].
     """
 
     max_items: int
     max_padded_tokens: int
+    max_padding: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +80,8 @@ def take_batch(
     """Remove from the queue what runs next.
 
     The oldest entry always runs, so nothing starves. The others join it first come, first served,
-    each if it fits: into the budget, and near enough in length that at most `MAX_PADDING` of the
-    batch is padding. What does not fit keeps its place.
+    each if it fits into the budget: near enough in length, above all, since padding is computed
+    like text. What does not fit keeps its place.
 
     Args:
         queue: oldest first; entries that are taken, late or abandoned are removed.
@@ -104,7 +104,7 @@ def take_batch(
             continue
         padded = max(longest, entry.length) * (len(batch) + 1)
         within = padded <= budget.max_padded_tokens
-        dense = total + entry.length >= (1 - MAX_PADDING) * padded
+        dense = total + entry.length >= (1 - budget.max_padding) * padded
         if not batch or (within and dense):
             batch.append(entry)
             longest, total = max(longest, entry.length), total + entry.length
@@ -117,7 +117,7 @@ def take_batch(
 
 
 class Batcher(Generic[In, Out]):
-    """Runs items in batches, one batch at a time, in the order of `take_batch`.
+    """Runs items in batches, in the order of `take_batch`.
 
     Every accepted item resolves exactly once: with its result, with the exception of the run it was
     part of, with `DeadlineExceeded`, or by its caller's cancellation. A failing run fails its own
@@ -128,6 +128,7 @@ class Batcher(Generic[In, Out]):
         length: an item's length in tokens.
         budget: what one batch may hold.
         max_queue: items that may wait.
+        in_flight: batches that may run at once.
     """
 
     def __init__(
@@ -137,8 +138,10 @@ class Batcher(Generic[In, Out]):
         length: Callable[[In], int],
         budget: Budget,
         max_queue: int,
+        in_flight: int = 1,
     ) -> None:
         self._run, self._length, self._budget, self._max_queue = run, length, budget, max_queue
+        self._slots = asyncio.Semaphore(in_flight)
         self._queue: deque[Pending[In, Out]] = deque()
         self._wake = asyncio.Event()
         self._open = False
@@ -153,7 +156,7 @@ class Batcher(Generic[In, Out]):
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._open = True
-                tasks.create_task(self._serve(), name="batcher")
+                tasks.create_task(self._serve(tasks), name="batcher")
                 try:
                     yield
                 finally:
@@ -204,27 +207,35 @@ class Batcher(Generic[In, Out]):
             for entry in entries:  # the caller left, or a sibling failed: the rest must not run
                 entry.reply.cancel()
 
-    async def _serve(self) -> None:
+    async def _serve(self, runs: asyncio.TaskGroup) -> None:
         try:
             while self._open or self._queue:
                 if not self._queue:
                     self._wake.clear()
                     await self._wake.wait()
                     continue
+                # The batch is taken once it can run: until then it may still fill.
+                await self._slots.acquire()
                 batch, late = take_batch(self._queue, self._budget, time.monotonic())
                 for entry in late:
                     entry.reply.set_exception(
                         DeadlineExceeded("the deadline passed while the request was waiting")
                     )
                 if batch:
-                    await self._run_batch(batch)
+                    runs.create_task(self._run_batch(batch))
+                else:
+                    self._slots.release()
         finally:  # only where the loop itself is cancelled is anyone left
             for entry in self._queue:
                 entry.reply.cancel()
 
-    async def _run_batch(self, batch: list[Pending[In, Out]]) -> None:
+    async def _run_batch(self, taken: list[Pending[In, Out]]) -> None:
         start = time.monotonic()
+        # Whoever left between the taking and this task's first step must not run either.
+        batch = [entry for entry in taken if not entry.reply.done()]
         try:
+            if not batch:
+                return
             outputs = await self._run([entry.item for entry in batch])
             if len(outputs) != len(batch):
                 raise RuntimeError(f"the engine gave {len(outputs)} outputs for {len(batch)} items")
@@ -237,6 +248,8 @@ class Batcher(Generic[In, Out]):
             for entry in batch:
                 entry.reply.cancel()
             raise
+        finally:
+            self._slots.release()
         ran = time.monotonic() - start
         self._seconds_per_item = ran / len(batch)
         for entry, value in zip(batch, outputs, strict=True):

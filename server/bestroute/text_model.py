@@ -19,8 +19,9 @@ from bestroute.tokenizer import Encoded, Tokenizer
 _INLINE_CHARACTERS = 256
 """Texts up to this length are tokenized on the event loop: a thread's hop would take longer."""
 
-_PADDED_TOKENS = {"cpu": 512, "cuda": 16_384, "tensorrt": 16_384}
-"""Default budget of a batch. CPU: measured by benchmarks/engine.py. GPU: not measured yet."""
+_CPU, _GPU = (256, 0.1), (16_384, 0.5)
+"""Default padded tokens of a batch, and largest share of padding. On a CPU batching gains little
+and padding costs much (measured by benchmarks/engine.py); the GPU's are not measured yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +139,7 @@ async def open_text_model(
         length=lambda each: len(each.ids),
         budget=_budget(settings),
         max_queue=settings.batching.max_queue,
+        in_flight=engine.concurrency,
     )
     with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as threads:
         async with engine:
@@ -147,5 +149,6 @@ async def open_text_model(
 
 
 def _budget(settings: Settings) -> Budget:
-    padded = settings.batching.max_padded_tokens or _PADDED_TOKENS[settings.engine.provider]
-    return Budget(settings.batching.max_items, padded)
+    padded_tokens, max_padding = _CPU if settings.engine.provider == "cpu" else _GPU
+    batching = settings.batching
+    return Budget(batching.max_items, batching.max_padded_tokens or padded_tokens, max_padding)

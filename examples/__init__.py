@@ -1,0 +1,1 @@
+"""Programs to run and to start from; each one's docstring says how."""
