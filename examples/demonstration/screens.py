@@ -50,17 +50,17 @@ def title(number: int, text: str) -> Rule:
 def introduction(prompts: int, generate: int, manifest: Manifest) -> Panel:
     """What is about to happen."""
     text = Text.from_markup(
-        "bestroute reads a prompt and picks the cheapest [bold]arm[/] (an LLM x how many answers to "
-        "draw) whose best answer is predicted to be as good as the [bold]reference[/] LLM's, here "
-        f"{manifest.reference_model}. This demo\n"
+        "bestroute reads a prompt and picks the cheapest [bold]arm[/] (an LLM x how many answers "
+        "to draw) whose best answer is predicted to be as good as the [bold]reference[/] LLM's, "
+        f"here {manifest.reference_model}. This demo\n"
     )
     parts = Table.grid(padding=(0, 2))
     for number, words in enumerate(
         (
             "starts the real server with a trained bundle, and an LLM for it to ask",
             f"[bold]Route[/]: decides about {prompts} prompts; no LLM is asked",
-            f"[bold]Generate[/]: answers {generate}; draws the samples, scores each as it ends, keeps "
-            "the best",
+            f"[bold]Generate[/]: answers {generate}; draws the samples, scores each as it ends, "
+            "keeps the best",
             "measures Route, with one caller and with many at once",
         ),
         start=1,

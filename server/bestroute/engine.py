@@ -16,6 +16,9 @@ from bestroute.config import ConfigInvalid
 from bestroute.config import Engine as EngineSettings
 from bestroute.errors import BundleInvalid
 
+# From 1.29 on, ONNX Runtime reports its use to its maker unless this is set before it is loaded.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # noqa: TID251 - written, not read
+
 try:
     import onnxruntime as ort
 except ModuleNotFoundError as error:
