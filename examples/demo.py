@@ -138,7 +138,8 @@ async def show_answers(
         except (BestrouteError, grpc.aio.AioRpcError) as error:
             failures += 1
             console.print(Text(f"  failed: {error}", style="red"))
-        console.print(screen)
+        if screen.texts:
+            console.print(screen)
         console.print()
     return failures
 

@@ -40,6 +40,16 @@ def settings(
             settings({"price_id": "openai"}), ModelPrice(0.15, 0.6, PER_SAMPLE), id="listed"
         ),
         pytest.param(
+            settings({"base_url": "https://api.openai.com/v1"}),
+            ModelPrice(0.15, 0.6, PER_SAMPLE),
+            id="listed-by-the-provider's-url",
+        ),
+        pytest.param(
+            settings({"base_url": "https://api.openai.com/v1"}, {"upstream": "no-such-model"}),
+            ModelPrice(1, 2, PER_SAMPLE),
+            id="the-bundle's-where-the-list-knows-no-such-model",
+        ),
+        pytest.param(
             settings({"price_id": "openai"}, {"upstream": "gpt-4o"}),
             ModelPrice(2.5, 10, PER_SAMPLE),
             id="listed-by-the-provider's-name",

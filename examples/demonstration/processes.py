@@ -1,7 +1,6 @@
 """The programs that the demo starts, and ends whatever happens."""
 
 import asyncio
-import os
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -27,7 +26,6 @@ async def running(log: Path, *command: str) -> AsyncIterator[asyncio.subprocess.
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=stderr,
-            env={**os.environ, "ORT_DISABLE_TELEMETRY": "1"},
             process_group=0,
         )
     try:

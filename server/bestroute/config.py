@@ -116,8 +116,7 @@ class Provider(_Section):
         connect_timeout: seconds to connect.
         read_timeout: seconds of silence after which a call has failed.
         max_retries: how often a call that gave no text yet is repeated (429, 5xx, connection).
-        price_id: the provider's id in the price list of genai-prices, if its prices are to be
-            taken from there.
+        price_id: the provider's id in the price list of genai-prices; unset finds it by base_url.
     """
 
     base_url: HttpUrl
@@ -175,8 +174,8 @@ class ServedModel(_Section):
     Attributes:
         provider: a name from `[providers]`.
         upstream: what that provider calls the model; unset takes the pool's name.
-        price: what it costs there; unset takes the price list of genai-prices where the provider
-            has a price_id, else the bundle's price.
+        price: what it costs there; unset takes the price list of genai-prices, and the bundle's
+            price where that doesn't know the provider or the model.
     """
 
     provider: str

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from bestroute.bundle import Model
 from bestroute.completion import Usage
-from bestroute.config import ConfigInvalid, Settings, instead
+from bestroute.config import ConfigInvalid, Provider, Settings, instead
 from bestroute.policy import InputBilling
 
 _SAMPLE_TOKENS = 1000
@@ -24,9 +24,9 @@ class ModelPrice:
 def prices(models: Sequence[Model], settings: Settings) -> dict[str, ModelPrice]:
     """Price the pool's models, by name.
 
-    A price in the settings wins over genai-prices (asked where the provider has a `price_id`),
-    which wins over the bundle's. A model that no provider serves keeps the bundle's price and is
-    taken to bill every sample's prompt.
+    A price in the settings wins over genai-prices (asked by the provider's `price_id`, or by its
+    `base_url`), which wins over the bundle's. A model that no provider serves keeps the bundle's
+    price and is taken to bill every sample's prompt.
 
     Args:
         models: the bundle's pool.
@@ -60,25 +60,31 @@ def _price(model: Model, settings: Settings) -> ModelPrice:
     provider = settings.providers[served.provider]
     if served.price is not None:
         per_mtok = served.price.input_usd_per_mtok, served.price.output_usd_per_mtok
-    elif provider.price_id is not None:
-        per_mtok = _listed(model.name, served.upstream or model.name, provider.price_id)
     else:
-        per_mtok = model.input_usd_per_mtok, model.output_usd_per_mtok
+        upstream = served.upstream or model.name
+        listed = _listed(upstream, provider)
+        if listed is None and provider.price_id is not None:
+            raise ConfigInvalid(
+                f'[models."{model.name}"]: genai-prices has no price for "{upstream}" at '
+                f'"{provider.price_id}"; set [models."{model.name}".price]'
+            )
+        per_mtok = listed or (model.input_usd_per_mtok, model.output_usd_per_mtok)
     return ModelPrice(*per_mtok, provider.billing)
 
 
-def _listed(name: str, upstream: str, price_id: str) -> tuple[float, float]:
+def _listed(upstream: str, provider: Provider) -> tuple[float, float] | None:
     """Input and output price in USD per million tokens, from the list inside genai-prices."""
-    # Imported here: it takes 0.2 s, and only who has set a price_id needs it.
+    # Imported here: it takes 0.2 s, and only a server that serves models needs it.
     import genai_prices
 
     usage = genai_prices.Usage(input_tokens=_SAMPLE_TOKENS, output_tokens=_SAMPLE_TOKENS)
     try:
-        price = genai_prices.calc_price(usage, upstream, provider_id=price_id)
-    except LookupError as error:
-        raise ConfigInvalid(
-            f'[models."{name}"]: genai-prices has no price for "{upstream}" at "{price_id}" '
-            f'({error}); set [models."{name}".price]'
-        ) from error
+        if provider.price_id is not None:
+            price = genai_prices.calc_price(usage, upstream, provider_id=provider.price_id)
+        else:
+            url = str(provider.base_url)
+            price = genai_prices.calc_price(usage, upstream, provider_api_url=url)
+    except LookupError:
+        return None
     per_mtok = 1_000_000 / _SAMPLE_TOKENS
     return float(price.input_price) * per_mtok, float(price.output_price) * per_mtok
