@@ -49,11 +49,9 @@ RUN python -m compileall -q -j 0 "$(python -c 'import sysconfig; print(sysconfig
       --shell /usr/sbin/nologin bestroute \
  && install --directory --owner=65532 --group=65532 /var/cache/bestroute \
  && python -m venv --without-pip /opt/bestroute
-# Unless it is told not to, ONNX Runtime (1.29 and later) reports its use to Microsoft.
 ENV PATH=/opt/bestroute/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
-    ORT_DISABLE_TELEMETRY=1 \
     BESTROUTE_SERVER__LISTEN=0.0.0.0:50051 \
     BESTROUTE_ENGINE__CACHE=/var/cache/bestroute
 LABEL org.opencontainers.image.title="bestroute" \

@@ -93,6 +93,11 @@ async def show_routes(
     for words, policy in others.items():
         runs[words] = await route_all(client, asked, policy)
     console.print(targets_table(pool, runs))
+    console.print(
+        "measured: when the bundle was made, on prompts like those it was trained on; a negative "
+        "drop means better than always asking the reference.\n",
+        style="dim",
+    )
 
 
 async def show_answers(
@@ -121,7 +126,7 @@ async def show_answers(
         )
         options.update(ask.options)
         arm = ask.arm
-        screen = Answering(question)
+        screen = Answering(question, limit)
         events = client.generate(
             question.text,
             model=arm.model if arm else None,

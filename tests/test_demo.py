@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from bestroute.bundle import Model
 from bestroute.config import Settings
+from bestroute.pricing import prices
 from bestroute.v1 import routing_pb2 as pb
 from tests import tiny
 
@@ -32,6 +34,7 @@ from examples.demonstration.questions import (  # noqa: E402
 from examples.demonstration.upstreams import (  # noqa: E402
     APIS,
     STANDIN,
+    Api,
     answering,
     configuration,
 )
@@ -77,13 +80,35 @@ def test_a_key_is_never_written() -> None:
     assert "secret" not in configuration(who, URL)
 
 
-def test_the_stand_in_has_no_price_of_its_own_and_so_costs_what_the_bundle_says() -> None:
-    config = tomllib.loads(configuration(answering(POOL, {}), URL))
+def test_the_stand_in_costs_what_the_model_costs_that_it_stands_in_for() -> None:
+    model = Model(
+        name="claude-sonnet-4",
+        input_usd_per_mtok=123,
+        output_usd_per_mtok=456,
+        mean_output_tokens=100,
+    )
+    settings = Settings.model_validate(
+        tomllib.loads(configuration(answering([model.name], {}), URL))
+    )
 
-    assert config == {
-        "providers": {STANDIN: {"base_url": URL}},
-        "models": {name: {"provider": STANDIN} for name in POOL},
-    }
+    price = prices([model], settings)[model.name]
+
+    assert (price.input_usd_per_mtok, price.output_usd_per_mtok) == (123, 456)
+
+
+@pytest.mark.parametrize(("name", "api"), APIS.items())
+def test_a_real_model_costs_what_its_provider_asks(name: str, api: Api) -> None:
+    models = [
+        Model(name=model, input_usd_per_mtok=999, output_usd_per_mtok=999, mean_output_tokens=1)
+        for model in api.models
+    ]
+    who = answering(api.models, {api.key: "secret"})
+    settings = Settings.model_validate(tomllib.loads(configuration(who, URL)))
+
+    priced = prices(models, settings).values()
+
+    assert set(who.values()) == {name}
+    assert all(0 < price.output_usd_per_mtok < 999 for price in priced)
 
 
 def test_questions_are_the_same_in_every_run_and_go_through_the_tasks() -> None:
@@ -178,7 +203,7 @@ def test_an_interrupted_run_leaves_nothing_behind(tiny_bundle: Path, number: int
             seen = []
             for line in demo.stdout:
                 seen.append(line)
-                if " 3  Generate" in line:
+                if "prompts answered" in line:
                     assert len(left_over(mark)) == 3  # the demo, the server, the stand-in
                     demo.send_signal(number)
                     break

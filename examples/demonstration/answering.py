@@ -17,9 +17,17 @@ from examples.demonstration.upstreams import STANDIN, STANDIN_LLM
 
 @dataclass
 class Answering:
-    """A Generate as it comes: what its screen shows."""
+    """A Generate as it comes: what its screen shows.
+
+    Attributes:
+        question: what is answered.
+        limit: most tokens per answer.
+        texts: what there is of each candidate.
+        candidates: those that ended.
+    """
 
     question: Question
+    limit: int
     decision: pb.RouteResponse | None = None
     texts: dict[int, str] = field(default_factory=dict)
     candidates: dict[int, pb.Candidate] = field(default_factory=dict)
@@ -49,7 +57,9 @@ class Answering:
             table.add_column(name, justify="right", no_wrap=True)
         for index, text in sorted(self.texts.items()):
             table.add_row(*self._row(index, text))
-        return Group(table, *([self._outcome(self.result)] if self.result else []))
+        if self.decision is None or self.result is None:
+            return Group(table)
+        return Group(table, self._outcome(self.decision, self.result))
 
     def _row(self, index: int, text: str) -> list[Text | str]:
         done = self.candidates.get(index)
@@ -67,22 +77,30 @@ class Answering:
             "stopped" if cancelled else f"{self.question.grade(done.text):.2f}",
         ]
 
-    def _outcome(self, result: pb.Result) -> Padding:
-        saved = 1 - result.cost_usd / (result.reference_cost_usd or 1)
-        first, whole = (
-            span.ToTimedelta().total_seconds()
-            for span in (result.time_to_first_token, result.duration)
-        )
+    def _outcome(self, decision: pb.RouteResponse, result: pb.Result) -> Padding:
+        """The winner and the money; the reference's cost is an estimate, for as long an answer."""
         text = Text.assemble(
             (f"★ candidate {result.candidate}", "bold green"),
             "  cost ",
             (usd(result.cost_usd), "bold"),
-            f", one answer of the reference {usd(result.reference_cost_usd)}: ",
-            (f"{saved:.0%} saved", "bold"),
-            f"  first text {first:.2f} s, all {whole:.2f} s",
+            f" for {result.usage.output_tokens} tokens; ",
         )
+        if result.model == decision.reference.model:
+            text.append("this is the reference itself")
+        else:
+            saved = 1 - result.cost_usd / (result.reference_cost_usd or 1)
+            text.append(
+                f"a reference answer of {self.limit} tokens is estimated at "
+                f"{usd(result.reference_cost_usd)}: "
+            )
+            text.append(f"{saved:.0%} saved" if saved >= 0 else f"{-saved:.0%} more", "bold")
         if result.candidates_cancelled:
-            text.append(f", {result.candidates_cancelled} stopped early")
+            text.append(f"; {result.candidates_cancelled} stopped early")
+        first, whole = (
+            span.ToTimedelta().total_seconds()
+            for span in (result.time_to_first_token, result.duration)
+        )
+        text.append(f"\n  first text after {first:.2f} s, the result after {whole:.2f} s", "dim")
         return Padding(text, (0, 0, 0, 2))
 
 

@@ -98,8 +98,8 @@ def asks(pool: pb.ListArmsResponse) -> list[Ask]:
     cheap = min(many, key=lambda arm: (-arm.samples, arm.estimated_cost_usd), default=pool.arms[0])
     dear = max(many, key=lambda arm: (arm.samples, arm.estimated_cost_usd), default=pool.arms[0])
     return [
-        Ask("nothing: the bundle's default target", {}),
         Ask(f"the arm {cheap.model} x {cheap.samples}, no routing", {}, cheap),
+        Ask("nothing: the bundle's default target", {}),
         Ask(f"min_cost_saving = {saving:.2f}", {"min_cost_saving": saving}),
         Ask(
             f"the arm {dear.model} x {dear.samples}, no routing; early_stop",

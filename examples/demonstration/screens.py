@@ -165,24 +165,24 @@ def targets_table(
     """The same prompts under different targets, beside what was measured for their thresholds."""
     table = Table(box=SIMPLE_HEAD, title="the same prompts, other targets", title_justify="left")
     table.add_column("target of the request")
-    for name in ("threshold", "saved here", "measured: saved", "quality drop"):
+    for name in ("threshold", "to the\nreference", "to cheaper\narms", "of these\nn > 1"):
         table.add_column(name, justify="right")
-    table.add_column("arms chosen")
+    for name in ("saved here,\nestimated", "measured:\nsaved", "quality\ndrop"):
+        table.add_column(name, justify="right")
     measured = {point.match_threshold: point for point in pool.calibration}
     for words, decisions in runs.items():
         threshold = decisions[0].match_threshold
         point = measured.get(threshold)
-        arms = Counter(
-            "reference" if d.arm.model == d.reference.model else arm_text(d.arm) for d in decisions
-        )
+        cheaper = [d.arm for d in decisions if d.arm.model != d.reference.model]
         table.add_row(
             words,
             f"{threshold:.2f}",
+            str(len(decisions) - len(cheaper)),
+            str(len(cheaper)),
+            str(sum(arm.samples > 1 for arm in cheaper)),
             f"{total_saving(decisions):.0%}",
             f"{point.cost_saving:.0%}" if point else "",
             f"{point.quality_drop:.1%}" if point else "",
-            ", ".join(f"{count} {arm}" for arm, count in arms.most_common(3))
-            + (", …" if len(arms) > 3 else ""),
         )
     return table
 

@@ -17,7 +17,7 @@ class Api:
     models: Mapping[str, str]
 
 
-# The first one that has a key and knows the model serves it. Keyed by the ids of genai-prices.
+# The first one that has a key and knows the model serves it.
 APIS = {
     "anthropic": Api(
         "https://api.anthropic.com/v1",
@@ -64,7 +64,7 @@ def configuration(who: Mapping[str, str], standin_url: str) -> str:
     Args:
         who: what `answering` gave.
         standin_url: base URL of the stand-in. It costs what the model costs that it stands in for,
-            because a model without a price of its own has the bundle's.
+            because no price list knows it, and then the bundle's prices hold.
     """
     lines = []
     for name in dict.fromkeys(who.values()):
@@ -74,7 +74,6 @@ def configuration(who: Mapping[str, str], standin_url: str) -> str:
         else:
             lines.append(f"base_url = {json.dumps(APIS[name].base_url)}")
             lines.append(f"api_key_env = {json.dumps(APIS[name].key)}")
-            lines.append(f"price_id = {json.dumps(name)}")
     for model, name in who.items():
         lines.append(f"[models.{json.dumps(model)}]")
         lines.append(f"provider = {json.dumps(name)}")

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -102,6 +103,7 @@ def run(settings: Settings) -> int:
         level=settings.log_level,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # one line per upstream call otherwise
     asyncio.run(_serve_until_signal(settings))
     return 0
 
@@ -116,7 +118,7 @@ async def _serve_until_signal(settings: Settings) -> None:
 
 @contextmanager
 def _signals() -> Iterator[asyncio.Event]:
-    """An event set by the first SIGTERM or SIGINT; a second one has its usual, deadly effect."""
+    """An event set by the first SIGTERM or SIGINT; a second one ends the process at once."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     numbers = (signal.SIGTERM, signal.SIGINT)
@@ -125,6 +127,8 @@ def _signals() -> Iterator[asyncio.Event]:
         stop.set()
         for number in numbers:
             loop.remove_signal_handler(number)
+            # Not left to the default: the kernel ignores it for process 1, as in a container.
+            signal.signal(number, lambda number, _: os._exit(128 + number))
 
     for number in numbers:
         loop.add_signal_handler(number, first)
