@@ -174,7 +174,14 @@ class Flaky:
         return ANSWER
 
 
-@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED])
+@pytest.mark.parametrize(
+    "code",
+    [
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        grpc.StatusCode.CANCELLED,
+    ],
+)
 async def test_what_passes_is_tried_again(code: grpc.StatusCode) -> None:
     route = Flaky(2)
     route.code = code
@@ -226,6 +233,9 @@ async def test_retries_do_not_multiply_the_load_of_a_service_in_trouble() -> Non
 # Errors
 
 
+PROVIDER_FAILED = error_details_pb2.ErrorInfo(reason="PROVIDER_FAILED", domain="bestroute")
+
+
 def rich(code: grpc.StatusCode, *details: object) -> tuple[str, bytes]:
     status = status_pb2.Status(code=code.value[0], message="told")
     for detail in details:
@@ -251,21 +261,23 @@ async def test_overload_says_when_to_come_back() -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "by_service", "expected"),
+    ("code", "details", "expected"),
     [
-        (grpc.StatusCode.RESOURCE_EXHAUSTED, False, Overloaded),
-        (grpc.StatusCode.DEADLINE_EXCEEDED, False, DeadlineExceeded),
-        (grpc.StatusCode.FAILED_PRECONDITION, True, BundleInvalid),
-        (grpc.StatusCode.UNAVAILABLE, True, ProviderFailed),
-        (grpc.StatusCode.UNAVAILABLE, False, grpc.aio.AioRpcError),
-        (grpc.StatusCode.INVALID_ARGUMENT, False, grpc.aio.AioRpcError),
-        (grpc.StatusCode.INTERNAL, True, grpc.aio.AioRpcError),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, None, Overloaded),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, None, DeadlineExceeded),
+        (grpc.StatusCode.FAILED_PRECONDITION, [], BundleInvalid),
+        (grpc.StatusCode.UNAVAILABLE, [PROVIDER_FAILED], ProviderFailed),
+        (grpc.StatusCode.UNAVAILABLE, [], grpc.aio.AioRpcError),
+        (grpc.StatusCode.UNAVAILABLE, None, grpc.aio.AioRpcError),
+        (grpc.StatusCode.INVALID_ARGUMENT, None, grpc.aio.AioRpcError),
+        (grpc.StatusCode.INTERNAL, [], grpc.aio.AioRpcError),
     ],
 )
 async def test_statuses_become_our_errors_where_they_are_ours(
-    code: grpc.StatusCode, by_service: bool, expected: type[Exception]
+    code: grpc.StatusCode, details: list[object] | None, expected: type[Exception]
 ) -> None:
-    metadata = [rich(code)] if by_service else []
+    """Without details it is gRPC or a proxy that speaks, not the service."""
+    metadata = [] if details is None else [rich(code, *details)]
     async with scripted(Score=aborting(code, *metadata)) as address, Client(address) as client:
         with pytest.raises(expected, match="told"):
             await client.score("x", ["y"])
@@ -629,7 +641,7 @@ async def test_generate_is_tried_again_before_its_first_event_only() -> None:
         assert await first_events(client, 2) == ["decision", "delta"]
         assert generate.calls == 2
 
-        generate.fail_after = rich(grpc.StatusCode.UNAVAILABLE)
+        generate.fail_after = rich(grpc.StatusCode.UNAVAILABLE, PROVIDER_FAILED)
         with pytest.raises(ProviderFailed, match="told"):
             await first_events(client, 9)
         assert generate.calls == 3

@@ -142,6 +142,25 @@ async def test_sigterm_answers_what_is_in_flight_and_refuses_the_rest(
         assert await asyncio.to_thread(started.wait, 10) == 0
 
 
+async def test_callers_who_do_not_let_go_are_refused_in_words(tiny_bundle: Path) -> None:
+    """The first thing that a caller hears of a shutdown is UNAVAILABLE, on old connections too."""
+    with process("--bundle", str(tiny_bundle)) as (started, address):
+
+        async def ask_until_refused() -> grpc.StatusCode:
+            async with grpc.aio.insecure_channel(address) as channel:
+                while (code := await _code_of_a_late_call(channel)) is grpc.StatusCode.OK:
+                    pass
+                return code
+
+        async with asyncio.TaskGroup() as callers:
+            asking = [callers.create_task(ask_until_refused()) for _ in range(16)]
+            await asyncio.sleep(0.3)
+            started.send_signal(signal.SIGTERM)
+
+        assert {task.result() for task in asking} == {grpc.StatusCode.UNAVAILABLE}
+        assert await asyncio.to_thread(started.wait, 10) == 0
+
+
 async def test_sigterm_ends_an_open_stream_after_its_answers(tiny_bundle: Path) -> None:
     """An idle stream must not hold the server up, nor lose what it was asked."""
     with process("--bundle", str(tiny_bundle)) as (started, address):

@@ -22,6 +22,10 @@ _log = logging.getLogger(__name__)
 HEALTH_NAMES = ("", "readiness", service.NAME)
 """Health names that follow readiness; `liveness` stays SERVING until the process ends."""
 
+_REFUSING = 0.2
+"""Seconds of refusing calls in words before the server stops. grpcio ends a call that reaches it
+in the instant of stopping as CANCELLED, which looks like a cancellation of the caller's own."""
+
 
 @dataclass(frozen=True, slots=True)
 class Running:
@@ -81,6 +85,7 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
                 await healths.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
             await asyncio.sleep(limits.drain_delay)
             routing.drain()
+            await asyncio.sleep(_REFUSING)
             await server.stop(limits.drain_timeout)
 
 

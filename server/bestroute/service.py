@@ -13,7 +13,7 @@ from bestroute.completion import Delta
 from bestroute.config import Server
 from bestroute.errors import InvalidRequest
 from bestroute.router import Routed, Router
-from bestroute.status import Context, server_stream, status_of, unary
+from bestroute.status import Context, Draining, server_stream, status_of, unary
 from bestroute.v1 import routing_pb2 as pb
 from bestroute.wire import Malformed, decoder
 
@@ -61,6 +61,7 @@ class RoutingService:
 
     async def route(self, request: pb.RouteRequest, context: Context) -> pb.RouteResponse:
         """Decide."""
+        self._admit()
         return await self._route(request, _deadline(context))
 
     async def route_stream(
@@ -94,14 +95,19 @@ class RoutingService:
             draining.cancel()
         if self._draining.is_set():
             # What was read is answered; whoever has asked more since then asks another server.
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is shutting down")
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(Draining()))
 
     def drain(self) -> None:
-        """End the open streams as soon as what was read from them is answered."""
+        """Refuse new calls; end the open streams once what was read from them is answered."""
         self._draining.set()
+
+    def _admit(self) -> None:
+        if self._draining.is_set():
+            raise Draining
 
     async def score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
         """Score given answers."""
+        self._admit()
         limits = self._limits
         prompt = convert.prompt(request, limits.max_prompt_bytes)
         answers = convert.answers(request, limits.max_responses, limits.max_prompt_bytes)
@@ -119,6 +125,7 @@ class RoutingService:
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         """Decide, sample, score, and answer with the best."""
+        self._admit()
         order = convert.order(request, self._limits, time.monotonic(), _deadline(context))
         execution = request.execution
         with_deltas = execution.stream_deltas or not execution.HasField("stream_deltas")
@@ -138,6 +145,7 @@ class RoutingService:
 
     async def list_arms(self, request: pb.ListArmsRequest, context: Context) -> pb.ListArmsResponse:
         """List the pool, its prices and its calibration."""
+        self._admit()
         manifest, prices = self._router.manifest, self._router.prices
         return pb.ListArmsResponse(
             bundle_version=manifest.version,

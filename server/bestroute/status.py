@@ -21,12 +21,21 @@ from bestroute.wire import Malformed
 
 _log = logging.getLogger(__name__)
 
+
+class Draining(Exception):
+    """The server takes no new calls."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down")
+
+
 _CODES: dict[type[Exception], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     ProviderFailed: grpc.StatusCode.UNAVAILABLE,
     BundleInvalid: grpc.StatusCode.FAILED_PRECONDITION,
+    Draining: grpc.StatusCode.UNAVAILABLE,
 }
 _BY_NUMBER = {code.value[0]: code for code in grpc.StatusCode}
 

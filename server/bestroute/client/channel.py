@@ -17,13 +17,14 @@ _SERVICE_CONFIG = {
             "name": [{"service": SERVICE}],
             # gRPC repeats a call only until the server's first message, so that Generate never
             # answers twice, and waits as long as the server asks in grpc-retry-pushback-ms. Four
-            # attempts take 0.35 s at most: what one spends before falling back.
+            # attempts take 0.35 s at most: what one spends before falling back. CANCELLED is what a
+            # server says of calls that reach it in the instant it stops.
             "retryPolicy": {
                 "maxAttempts": 4,
                 "initialBackoff": "0.05s",
                 "maxBackoff": "0.2s",
                 "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+                "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"],
             },
         }
     ],

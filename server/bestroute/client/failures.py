@@ -69,7 +69,8 @@ def unreachable(error: Exception) -> bool:
     INTERNAL is none of these: a service told to fail closed answers it on purpose.
     """
     if isinstance(error, grpc.aio.AioRpcError):
-        return error.code() is grpc.StatusCode.UNAVAILABLE
+        # CANCELLED by the server, that is: it was stopping. A caller's own raises CancelledError.
+        return error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
     return isinstance(error, Overloaded | DeadlineExceeded)
 
 
@@ -124,9 +125,11 @@ def _meaning(status: status_pb2.Status, *, by_service: bool) -> BestrouteError |
             return Overloaded(status.message, delay)
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return DeadlineExceeded(status.message)
-        case grpc.StatusCode.UNAVAILABLE if by_service:
-            # The service itself is there, then; where it isn't, gRPC says so.
-            return ProviderFailed(status.message)
+        case grpc.StatusCode.UNAVAILABLE:
+            # The service itself is there, then; otherwise it isn't, or is shutting down.
+            info = error_details_pb2.ErrorInfo()
+            if _unpack(status, info) and info.reason == "PROVIDER_FAILED":
+                return ProviderFailed(status.message)
         case grpc.StatusCode.FAILED_PRECONDITION if by_service:
             return BundleInvalid(status.message)
     return None
