@@ -1,0 +1,1 @@
+"""Training, calibration, evaluation and export of bestroute's router and reward model."""

@@ -1,0 +1,166 @@
+"""What each arm gave on each prompt: labels, quality and cost as arrays.
+
+Shapes: Q prompts, A arms. The reference LLM is not an arm.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from bestroute.bundle import Arm, Model
+from bestroute.policy import estimated_cost
+from bestroute_export.data import DataError, Price, Prompt
+from bestroute_export.labels import Floats, expected_score, match_probability
+
+Group = tuple[str, str]
+"""A prompt's id and the name of an LLM, for the LLM's answers to the prompt."""
+Rewards = Mapping[Group, Sequence[float]]
+"""Proxy rewards of a group's answers."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The LLMs to choose from.
+
+    Attributes:
+        reference: name of the LLM to match.
+        models: every LLM, the reference included.
+        arms: ordered by LLM, then by samples.
+    """
+
+    reference: Model
+    models: tuple[Model, ...]
+    arms: tuple[Arm, ...]
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """Exact expectations per prompt and arm; all float64.
+
+    Attributes:
+        labels: [Q, A], P(score of the arm's answer >= score of a reference answer).
+        quality: [Q, A], expected score of the arm's answer.
+        reference_quality: [Q], expected score of a reference answer.
+        estimates: [Q, A], USD expected from mean output lengths; what the policy selects by.
+        reference_estimates: [Q].
+        costs: [Q, A], USD at the lengths that the sampled answers really have.
+        reference_costs: [Q].
+    """
+
+    labels: Floats
+    quality: Floats
+    reference_quality: Floats
+    estimates: Floats
+    reference_estimates: Floats
+    costs: Floats
+    reference_costs: Floats
+
+    def take(self, rows: Sequence[int]) -> "Outcomes":
+        """The same for some of the prompts."""
+        return Outcomes(**{name: value[rows] for name, value in vars(self).items()})
+
+    def at_estimated_costs(self) -> "Outcomes":
+        """The same as if every answer had its LLM's mean length, as many published figures do."""
+        return replace(self, costs=self.estimates, reference_costs=self.reference_estimates)
+
+
+def pool_of(
+    prompts: Sequence[Prompt], prices: Mapping[str, Price], reference: str, max_samples: int
+) -> Pool:
+    """Collect the LLMs that answered every prompt, with mean lengths over the given prompts.
+
+    Raises:
+        DataError: an LLM has no price, the reference is missing, or some prompts lack an LLM.
+    """
+    names = sorted(prompts[0].answers)
+    if reference not in names:
+        raise DataError(f"no answers of {reference}; there are: {', '.join(names)}")
+    models, arms = [], []
+    for name in names:
+        if name not in prices:
+            raise DataError(f"no price for {name}")
+        try:
+            answers = [prompt.answers[name] for prompt in prompts]
+        except KeyError as error:
+            raise DataError(f"some prompts have no answer of {name}") from error
+        models.append(
+            Model(
+                name=name,
+                input_usd_per_mtok=prices[name].input_usd_per_mtok,
+                output_usd_per_mtok=prices[name].output_usd_per_mtok,
+                mean_output_tokens=float(np.mean([a.tokens for group in answers for a in group])),
+            )
+        )
+        if name != reference:
+            most = min(max_samples, min(len(group) for group in answers))
+            arms += [Arm(model=name, samples=n) for n in range(1, most + 1)]
+    return Pool(models[names.index(reference)], tuple(models), tuple(arms))
+
+
+def decided_by_reward(prompts: Sequence[Prompt], pool: Pool) -> list[Group]:
+    """The groups whose answers differ in score, so that it matters which answer is kept."""
+    models = dict.fromkeys(arm.model for arm in pool.arms)
+    return [
+        (prompt.id, model)
+        for prompt in prompts
+        for model in models
+        if len({answer.score for answer in prompt.answers[model]}) > 1
+    ]
+
+
+def outcomes(
+    prompts: Sequence[Prompt], input_tokens: Sequence[int], pool: Pool, rewards: Rewards
+) -> Outcomes:
+    """Compute labels, quality and cost of every arm on every prompt.
+
+    Args:
+        prompts: Q prompts.
+        input_tokens: their lengths, as the served tokenizer counts them.
+        pool: LLMs and arms.
+        rewards: of at least the answers that `decided_by_reward` names; where all answers score
+            the same, which one is kept makes no difference and none is needed.
+    """
+    by_name = {model.name: model for model in pool.models}
+    shape = (len(prompts), len(pool.arms))
+    labels, quality, output = np.empty(shape), np.empty(shape), np.empty(shape)
+    for row, prompt in enumerate(prompts):
+        reference = [answer.score for answer in prompt.answers[pool.reference.name]]
+        for column, arm in enumerate(pool.arms):
+            answers = prompt.answers[arm.model]
+            scores = [answer.score for answer in answers]
+            proxy = rewards.get((prompt.id, arm.model))
+            if proxy is None:
+                if len(set(scores)) > 1:
+                    raise ValueError(f"no rewards for {arm.model} on {prompt.id}")
+                proxy = [0.0] * len(scores)
+            labels[row, column] = match_probability(proxy, scores, reference, arm.samples)
+            quality[row, column] = expected_score(proxy, scores, arm.samples)
+            output[row, column] = np.mean([answer.tokens for answer in answers])
+    tokens = np.asarray(input_tokens, dtype=np.float64)
+    pooled = [by_name[arm.model] for arm in pool.arms]
+
+    def cost(models: Sequence[Model], samples: Sequence[int], lengths: Floats) -> Floats:
+        return estimated_cost(
+            samples=np.array(samples, dtype=np.int64),
+            input_tokens=tokens[:, None],
+            output_tokens=lengths,
+            input_usd_per_mtok=np.array([model.input_usd_per_mtok for model in models]),
+            output_usd_per_mtok=np.array([model.output_usd_per_mtok for model in models]),
+        )
+
+    samples = [arm.samples for arm in pool.arms]
+    mean = np.array([[model.mean_output_tokens for model in pooled]])
+    answered = [prompt.answers[pool.reference.name] for prompt in prompts]
+    of_reference = np.array([[np.mean([a.tokens for a in group])] for group in answered])
+    return Outcomes(
+        labels=labels,
+        quality=quality,
+        reference_quality=np.array([np.mean([a.score for a in group]) for group in answered]),
+        estimates=cost(pooled, samples, mean),
+        reference_estimates=cost(
+            [pool.reference], [1], np.array([[pool.reference.mean_output_tokens]])
+        )[:, 0],
+        costs=cost(pooled, samples, output),
+        reference_costs=cost([pool.reference], [1], of_reference)[:, 0],
+    )

@@ -1,0 +1,248 @@
+"""The steps from data to a calibrated, evaluated pair of networks.
+
+Each step is a property that computes once and asks for the steps it needs, so that asking for the
+last one runs them all. Slow results live in the work directory.
+
+Who is trained on what:
+  reward folds     for each fold of the prompts, one trained on the train pairs of the others;
+                   scores the fold's answers, so that no label uses a reward fitted to it
+  reward model     the one of fold 0; serves; its two levels are set on that fold's prompts
+  router folds     for each fold of train and validation prompts, one trained on the others;
+                   predicts the fold, for calibration, threshold and curve
+  router           trained on train and validation with the same settings; measured on test
+  router, unseen   trained without the held-out tasks; measured on them only
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+from rich.progress import Progress
+
+from bestroute.bundle import CurvePoint
+from bestroute.policy import REFERENCE
+from bestroute.tokenizer import Encoded, Tokenizer
+from bestroute_export.batches import in_bfloat16, predict
+from bestroute_export.calibrate import (
+    curve,
+    platt,
+    threshold_for,
+)
+from bestroute_export.data import (
+    Pair,
+    Prompt,
+    digests,
+    fold_of,
+    read_pairs,
+    read_prices,
+    read_prompts,
+)
+from bestroute_export.encoder import Encoder, EncoderConfig
+from bestroute_export.evaluate import routed
+from bestroute_export.labels import Floats
+from bestroute_export.networks import RewardNetwork, RouterNetwork
+from bestroute_export.outcomes import Group, Outcomes, Pool, decided_by_reward, outcomes, pool_of
+from bestroute_export.recipe import Recipe
+from bestroute_export.reward import by_group, score_answers, train_reward
+from bestroute_export.router import train_router
+from bestroute_export.work import Work
+
+QUALITY_DROP = 0.01
+"""What the default threshold may cost in quality."""
+SERVED_FOLD = 0
+"""Whose reward model is served; the prompts of this fold are new to it."""
+
+
+class Pipeline:
+    """One run over one data folder.
+
+    Args:
+        data: folder with the prompts, pairs and prices, see `bestroute_export.data`.
+        work: directory for results of finished steps.
+        recipe: settings.
+        progress: where bars are shown.
+    """
+
+    def __init__(self, data: Path, work: Path, recipe: Recipe, progress: Progress) -> None:
+        self.data = data
+        self.recipe = recipe
+        self.progress = progress
+        self.digests = digests(data)
+        self.work = Work(work, {**recipe.inputs(), "data": self.digests})
+        tokenizer = recipe.backbone / "tokenizer.json"
+        self.router_tokenizer = Tokenizer(tokenizer, max_tokens=recipe.router_tokens)
+        self.reward_tokenizer = Tokenizer(tokenizer, max_tokens=recipe.reward_tokens)
+
+    # -- data ------------------------------------------------------------------------------------
+
+    @cached_property
+    def _every_prompt(self) -> list[Prompt]:
+        return read_prompts(self.data)
+
+    @cached_property
+    def prompts(self) -> list[Prompt]:
+        """The F prompts of train and validation; arrays below with F rows are in this order."""
+        return [prompt for prompt in self._every_prompt if prompt.split != "test"]
+
+    @cached_property
+    def test(self) -> list[Prompt]:
+        """The prompts on which nothing is fitted or chosen."""
+        return [prompt for prompt in self._every_prompt if prompt.split == "test"]
+
+    @cached_property
+    def pairs(self) -> list[Pair]:
+        """Pairs of answers to all of these prompts."""
+        return read_pairs(self.data)
+
+    @cached_property
+    def pool(self) -> Pool:
+        """The LLMs and arms; mean lengths are taken over the F prompts."""
+        recipe = self.recipe
+        return pool_of(self.prompts, read_prices(self.data), recipe.reference, recipe.max_samples)
+
+    @cached_property
+    def inputs(self) -> list[Encoded]:
+        """The F prompts as the router gets them."""
+        return [self.router_tokenizer.prompt(prompt.text) for prompt in self.prompts]
+
+    # -- reward model ----------------------------------------------------------------------------
+
+    def _train_reward(self, name: str, pairs: Sequence[Pair]) -> RewardNetwork:
+        recipe = self.recipe
+        return self.work.network(
+            name,
+            lambda: RewardNetwork(Encoder(EncoderConfig.load(recipe.backbone))),
+            lambda: train_reward(
+                pairs, recipe.backbone, self.reward_tokenizer, recipe.reward, self.progress, name
+            ),
+        )
+
+    def _score(
+        self, name: str, network: Callable[[], RewardNetwork], groups: Sequence[Group]
+    ) -> dict[Group, list[float]]:
+        answers = self.work.arrays(
+            name,
+            lambda: {
+                "rewards": score_answers(
+                    in_bfloat16(network()), self.reward_tokenizer, self.prompts, groups
+                )
+            },
+        )
+        return by_group(answers["rewards"], self.prompts, groups)
+
+    def _reward_fold(self, fold: int) -> RewardNetwork:
+        count = self.recipe.reward_folds
+        pairs = [
+            pair
+            for pair in self.pairs
+            if pair.split == "train" and fold_of(pair.prompt_id, count) != fold
+        ]
+        return self._train_reward(f"reward-fold-{fold}", pairs)
+
+    @cached_property
+    def reward(self) -> RewardNetwork:
+        """The reward model that is served: that of fold 0."""
+        return self._reward_fold(SERVED_FOLD)
+
+    @cached_property
+    def rewards(self) -> dict[Group, list[float]]:
+        """Rewards of the answers on which best-of-n decides; none from a network fitted to them."""
+        count = self.recipe.reward_folds
+        rewards: dict[Group, list[float]] = {}
+        for fold in range(count):
+            members = [p for p in self.prompts if fold_of(p.id, count) == fold]
+            groups = decided_by_reward(members, self.pool)
+            network = partial(self._reward_fold, fold)
+            rewards |= self._score(f"rewards-fold-{fold}", network, groups)
+        return rewards
+
+    # -- router ----------------------------------------------------------------------------------
+
+    @cached_property
+    def outcomes(self) -> Outcomes:
+        """What each arm gives on each of the F prompts."""
+        lengths = [row.prompt_tokens for row in self.inputs]
+        return outcomes(self.prompts, lengths, self.pool, self.rewards)
+
+    def _train_router(self, name: str, rows: Sequence[int]) -> RouterNetwork:
+        recipe, arms = self.recipe, self.pool.arms
+        return self.work.network(
+            name,
+            lambda: RouterNetwork(Encoder(EncoderConfig.load(recipe.backbone)), arms),
+            lambda: train_router(
+                [self.inputs[row].ids for row in rows],
+                self.outcomes.labels[rows],
+                arms,
+                recipe.backbone,
+                recipe.router,
+                self.progress,
+                name,
+            ),
+        )
+
+    @cached_property
+    def fold_logits(self) -> Floats:
+        """Uncalibrated logits [F, A], each prompt's from a router not trained on it."""
+        logits = np.empty((len(self.prompts), len(self.pool.arms)))
+        count = self.recipe.router_folds
+        folds = np.array([fold_of(prompt.id, count) for prompt in self.prompts])
+        for fold in range(count):
+            rest, held = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
+            network = self._train_router(f"router-fold-{fold}", rest.tolist())
+            logits[held] = predict(network.logits, [self.inputs[row].ids for row in held])
+        return logits
+
+    @cached_property
+    def calibration(self) -> tuple[Floats, Floats]:
+        """Platt's scale and shift, [A] each, fitted to the out-of-fold logits."""
+        return platt(self.fold_logits, self.outcomes.labels, self.pool.arms)
+
+    @cached_property
+    def fold_probabilities(self) -> Floats:
+        """Calibrated out-of-fold probabilities [F, A]."""
+        scale, shift = self.calibration
+        return 1 / (1 + np.exp(-(self.fold_logits * scale + shift)))
+
+    @cached_property
+    def curve(self) -> list[CurvePoint]:
+        """What each threshold gives, measured out of fold."""
+        return curve(
+            self.fold_probabilities, self.outcomes, self.recipe.resamples, self.recipe.seed
+        )
+
+    @cached_property
+    def threshold(self) -> float:
+        """The default match threshold."""
+        return threshold_for(self.curve, QUALITY_DROP)
+
+    def _calibrated(self, network: RouterNetwork) -> RouterNetwork:
+        scale, shift = self.calibration
+        network.calibrate(scale, shift)
+        return network
+
+    @cached_property
+    def router(self) -> RouterNetwork:
+        """The router that is served, calibrated."""
+        return self._calibrated(self._train_router("router", range(len(self.prompts))))
+
+    @cached_property
+    def unseen_router(self) -> RouterNetwork:
+        """A router that never saw the held-out tasks, with the served one's calibration."""
+        rows = [row for row, prompt in enumerate(self.prompts) if not prompt.heldout]
+        return self._calibrated(self._train_router("router-unseen", rows))
+
+    @cached_property
+    def routed_rewards(self) -> dict[Group, list[float]]:
+        """Rewards of what the router draws at the default threshold, by the served reward model.
+
+        Of the fold to which the served reward model was not fitted, and whose routes come from a
+        router that was not fitted to it either.
+        """
+        choice = routed(self.fold_probabilities, self.outcomes, self.threshold)
+        groups = [
+            (prompt.id, self.pool.arms[arm].model)
+            for prompt, arm in zip(self.prompts, choice, strict=True)
+            if arm != REFERENCE and fold_of(prompt.id, self.recipe.reward_folds) == SERVED_FOLD
+        ]
+        return self._score("rewards-routed", lambda: self.reward, groups)

