@@ -28,21 +28,26 @@ from benchmarks import record
 from benchmarks.process import served
 from bestroute.bundle import DEFAULT_BUNDLE, Bundle
 from bestroute.config import Engine as EngineSettings
-from bestroute.engine import Engine, preferred_precisions
+from bestroute.engine import Engine, cpus, preferred_precisions
 from bestroute.tokenizer import Tokenizer
 from bestroute.v1 import routing_pb2 as pb
 
 Ids = Sequence[int]
 _BUDGETS = (0, 256, 512, 1024, 2048)
-"""Padded tokens per batch that the bare session is tried with, by one caller and by two at once;
-0 runs every prompt alone. It is then measured the way that was fastest."""
+"""Padded tokens per batch that the bare session is tried with; 0 runs every prompt alone. It is
+tried on all cores and on one thread, by one caller and by two at once, and then measured the way
+that was fastest."""
+
+
+_TRIED = 128
+"""Prompts with which the ways are compared."""
 
 
 def main() -> int:
     """Run the benchmark, print its table, keep its JSON."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--bundle", type=Path, default=DEFAULT_BUNDLE, help="bundle to serve")
-    parser.add_argument("--prompts", type=int, default=256, help="how many (default: 256)")
+    parser.add_argument("--prompts", type=int, default=384, help="how many (default: 384)")
     parser.add_argument("--callers", type=int, default=32, help="at saturation (default: 32)")
     parser.add_argument("--repeats", type=int, default=5, help="of each side (default: 5)")
     options = parser.parse_args()
@@ -53,14 +58,19 @@ def main() -> int:
     prompts = record.mixed_prompts(tokenizer, options.prompts)
     ids = [tokenizer.prompt(prompt).ids for prompt in prompts]
     path = bundle.network_path(network, preferred_precisions(engine))
-    bare = Engine(path, engine, max_items=options.prompts, max_tokens=network.max_tokens)
-    bare.warm_up()
+    limits = {"max_items": options.prompts, "max_tokens": network.max_tokens}
+    bare = Engine(path, engine, **limits)
+    one_thread = Engine(path, EngineSettings(threads=1), **limits)
+    for each in (bare, one_thread):
+        each.warm_up()
 
     with served(options.bundle) as (server, address), Progress(transient=True) as progress:
         report = _steps(progress, 2 * options.repeats + 1)
         one = asyncio.run(_one_caller(address, prompts, ids, bare))
         report()
-        saturated = _saturation(address, server.pid, prompts, ids, bare, options, report)
+        saturated = _saturation(
+            address, server.pid, prompts, ids, bare, one_thread, options, report
+        )
 
     figures = {"one_caller": one, "saturation": saturated}
     settings = {
@@ -108,17 +118,19 @@ def _saturation(
     prompts: Sequence[str],
     ids: Sequence[Ids],
     bare: Engine,
+    one_thread: Engine,
     options: argparse.Namespace,
     report: Callable[[], None],
 ) -> dict[str, object]:
     """Throughput of the server and of the bare session, in turn; prompts per second."""
-    ways = list(itertools.product(_BUDGETS, (1, 2)))
-    tried = {way: [bare_rate(bare, ids, *way) for _ in range(2)] for way in ways}
-    budget, threads = max(ways, key=lambda way: max(tried[way]))
+    ways = list(itertools.product((bare, one_thread), _BUDGETS, (1, 2)))
+    sample = ids[:_TRIED]
+    tried = {way: max(bare_rate(way[0], sample, *way[1:]) for _ in range(2)) for way in ways}
+    session, budget, callers = max(ways, key=lambda way: tried[way])
     asyncio.run(_closed_loop(address, prompts, options.callers))  # warm
     rates, bares, cpu, sizes = [], [], [], []
     for _ in range(options.repeats):
-        bares.append(bare_rate(bare, ids, budget, threads))
+        bares.append(bare_rate(session, ids, budget, callers))
         report()
         before = _cpu_seconds(pid), time.process_time()
         rate, seen = asyncio.run(_closed_loop(address, prompts, options.callers))
@@ -132,7 +144,8 @@ def _saturation(
         "bare_session_per_second_median": statistics.median(bares),
         "share_of_bare_session": statistics.median(rates) / statistics.median(bares),
         "bare_session_padded_tokens": budget,
-        "bare_session_callers": threads,
+        "bare_session_callers": callers,
+        "bare_session_threads": cpus() if session is bare else 1,
         "server_cpu_share": sum(s for s, _ in cpu) / sum(s + c for s, c in cpu),
         "batch_size_mean": statistics.mean(sizes),
         "server_per_second": rates,

@@ -1,8 +1,9 @@
 """Prompts with graded answers of several LLMs, pairs of answers, and prices, read from a folder.
 
 The folder holds `reasoning_gym.jsonl.gz` (one prompt per row, with answers and their scores in
-[0, 1]), `pairs_reasoning_gym.jsonl.gz` (a better and a worse answer to one of the prompts per row)
-and `prices.json` (USD per million tokens). `DataError` tells where a row departs from that.
+[0, 1]), `pairs_reasoning_gym.jsonl.gz` (a better and a worse answer to one of the prompts per row),
+`pairs_correctness.jsonl.gz` (the same for other prompts) and `prices.json` (USD per million
+tokens). `DataError` tells where a row departs from that.
 """
 
 import gzip
@@ -15,6 +16,7 @@ from typing import Any
 
 PROMPTS = "reasoning_gym.jsonl.gz"
 PAIRS = "pairs_reasoning_gym.jsonl.gz"
+OTHER_PAIRS = "pairs_correctness.jsonl.gz"
 PRICES = "prices.json"
 SPLITS = ("train", "validation", "test")
 
@@ -90,10 +92,10 @@ def read_prompts(directory: Path) -> list[Prompt]:
     ]
 
 
-def read_pairs(directory: Path) -> list[Pair]:
-    """Read every pair, in file order."""
+def read_pairs(directory: Path, name: str = PAIRS) -> list[Pair]:
+    """Read every pair of a file, in file order."""
     fields = ("pid", "prompt", "chosen", "rejected", "split")
-    return [Pair(*(row[field] for field in fields)) for row in _rows(directory / PAIRS, *fields)]
+    return [Pair(*(row[field] for field in fields)) for row in _rows(directory / name, *fields)]
 
 
 def read_prices(directory: Path) -> dict[str, Price]:
@@ -116,7 +118,7 @@ def fold_of(identifier: str, folds: int) -> int:
 def digests(directory: Path) -> dict[str, str]:
     """SHA-256 in hex of each file that is read here, by name."""
     found = {}
-    for name in (PROMPTS, PAIRS, PRICES):
+    for name in (PROMPTS, PAIRS, OTHER_PAIRS, PRICES):
         try:
             with (directory / name).open("rb") as file:
                 found[name] = hashlib.file_digest(file, "sha256").hexdigest()

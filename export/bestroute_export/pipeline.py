@@ -6,7 +6,8 @@ last one runs them all. Slow results live in the work directory.
 Who is trained on what:
   reward folds     for each fold of the prompts, one trained on the train pairs of the others;
                    scores the fold's answers, so that no label uses a reward fitted to it
-  reward model     the one of fold 0; serves; its two levels are set on that fold's prompts
+  reward model     trained on the train pairs of both sources; serves; its two levels are set on
+                   validation prompts
   router folds     for each fold of train and validation prompts, one trained on the others;
                    predicts the fold, for calibration, threshold and curve
   router           trained on train and validation with the same settings; measured on test
@@ -30,6 +31,7 @@ from bestroute_export.calibrate import (
     threshold_for,
 )
 from bestroute_export.data import (
+    OTHER_PAIRS,
     Pair,
     Prompt,
     digests,
@@ -50,8 +52,6 @@ from bestroute_export.work import Work
 
 QUALITY_DROP = 0.01
 """What the default threshold may cost in quality."""
-SERVED_FOLD = 0
-"""Whose reward model is served; the prompts of this fold are new to it."""
 
 
 class Pipeline:
@@ -142,8 +142,10 @@ class Pipeline:
 
     @cached_property
     def reward(self) -> RewardNetwork:
-        """The reward model that is served: that of fold 0."""
-        return self._reward_fold(SERVED_FOLD)
+        """The reward model that is served: trained on the train pairs of both sources."""
+        pairs = [pair for pair in self.pairs if pair.split == "train"]
+        others = [p for p in read_pairs(self.data, OTHER_PAIRS) if p.split == "train"]
+        return self._train_reward("reward", pairs + others[:: self.recipe.other_pairs])
 
     @cached_property
     def rewards(self) -> dict[Group, list[float]]:
@@ -236,13 +238,13 @@ class Pipeline:
     def routed_rewards(self) -> dict[Group, list[float]]:
         """Rewards of what the router draws at the default threshold, by the served reward model.
 
-        Of the fold to which the served reward model was not fitted, and whose routes come from a
-        router that was not fitted to it either.
+        Of the validation prompts, to which the served reward model was not fitted, and whose routes
+        here come from a router that was not fitted to them either.
         """
         choice = routed(self.fold_probabilities, self.outcomes, self.threshold)
         groups = [
             (prompt.id, self.pool.arms[arm].model)
             for prompt, arm in zip(self.prompts, choice, strict=True)
-            if arm != REFERENCE and fold_of(prompt.id, self.recipe.reward_folds) == SERVED_FOLD
+            if arm != REFERENCE and prompt.split == "validation"
         ]
-        return self._score("rewards-routed", lambda: self.reward, groups)
+        return self._score("rewards-validation", lambda: self.reward, groups)

@@ -37,6 +37,7 @@ class Recipe:
         router_folds: parts into which train and validation are split to calibrate, 2 or more.
         router_tokens: longest input of the router.
         reward_tokens: longest input of the reward model.
+        other_pairs: every how-many-th pair on other prompts trains the served reward model too.
         router: how the router is trained.
         reward: how the reward model is trained.
         resamples: bootstrap resamples.
@@ -50,6 +51,7 @@ class Recipe:
     router_folds: int = 2
     router_tokens: int = 256
     reward_tokens: int = 384
+    other_pairs: int = 4
     router: TrainConfig = field(
         default=TrainConfig(
             epochs=3, batch=32, learning_rate=2e-4, head_learning_rate=1e-3, first_layer=0

@@ -1,10 +1,12 @@
 """Runs a compiled network on ONNX Runtime: token ids in, float32 rows out."""
 
 import asyncio
+import ctypes
 import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -64,6 +66,8 @@ class Engine:
         settings: provider, threads, cache.
         max_items: largest B.
         max_tokens: longest T.
+        wide: on a CPU, whether a run that has the machine nearly to itself takes all cores. It is
+            back sooner, for the price of the weights in memory a second time.
 
     Attributes:
         concurrency: runs that it is good to have under way at once.
@@ -74,20 +78,35 @@ class Engine:
     """
 
     def __init__(
-        self, path: Path, settings: EngineSettings, *, max_items: int, max_tokens: int
+        self,
+        path: Path,
+        settings: EngineSettings,
+        *,
+        max_items: int,
+        max_tokens: int,
+        wide: bool = True,
     ) -> None:
-        self._session = _session(path, settings, tensorrt_shapes(max_items, max_tokens))
+        shapes = tensorrt_shapes(max_items, max_tokens)
+        cores = settings.threads or cpus()
+        if settings.provider != "cpu":
+            self._lane = self._wide = _session(path, settings, shapes, cores)
+            self.concurrency, self._wide_runs = 1, 1
+        else:
+            # Threads of one run wait for the slowest after each operator, so several runs of one
+            # thread each get more done than one run of several. One run more than there are cores
+            # computes while another waits for the event loop.
+            self._lane = self._wide = _session(path, settings, shapes, 1)
+            self.concurrency, self._wide_runs = cores + 1, max(1, cores // 2)
+            if wide and cores > 1:
+                self._wide = _session(path, settings, shapes, cores)
+        self._running = 0
         self._max_tokens = max_tokens
-        self._output = self._session.get_outputs()[0].name
-        # On a CPU a second run computes while the first waits: for its slowest thread after each
-        # operator, or for the event loop between two batches. A GPU runs one after the other.
-        self.concurrency = 2 if settings.provider == "cpu" else 1
         self._threads = ThreadPoolExecutor(
             self.concurrency, thread_name_prefix=f"engine-{path.stem}"
         )
 
     def run(self, inputs: Sequence[Sequence[int]]) -> list[Row]:
-        """Run one batch, blocking.
+        """Run one batch at once, blocking.
 
         Args:
             inputs: B sequences of token ids, each at most `max_tokens` long.
@@ -95,25 +114,23 @@ class Engine:
         Returns:
             B rows, float32 [K].
         """
-        lengths = [len(ids) for ids in inputs]
-        input_ids = np.zeros((len(inputs), max(lengths)), dtype=np.int64)
-        mask = np.zeros_like(input_ids)
-        for row, (ids, length) in enumerate(zip(inputs, lengths, strict=True)):
-            input_ids[row, :length] = ids
-            mask[row, :length] = 1
-        (rows,) = self._session.run(
-            [self._output], {"input_ids": input_ids, "attention_mask": mask}
-        )
-        return list(rows)
+        return _run(self._wide, inputs)
 
     async def __call__(self, inputs: Sequence[Sequence[int]]) -> list[Row]:
         """Run one batch on a thread of the engine."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self.run, inputs)
+        session = self._wide if self._running < self._wide_runs else self._lane
+        self._running += 1
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._threads, _run, session, inputs)
+        finally:
+            self._running -= 1
 
     def warm_up(self) -> None:
         """Run every shape bucket once, so that the first request is as fast as the next."""
         for length in sorted({min(length, self._max_tokens) for length in _WARM_UP_LENGTHS}):
-            self.run([[0] * length])
+            for session in {self._wide, self._lane}:
+                _run(session, [[0] * length])
 
     async def __aenter__(self) -> Self:
         return self
@@ -122,7 +139,26 @@ class Engine:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _session(path: Path, settings: EngineSettings, shapes: Mapping[str, str]) -> Any:
+def _run(session: Any, inputs: Sequence[Sequence[int]]) -> list[Row]:
+    lengths = [len(ids) for ids in inputs]
+    input_ids = np.zeros((len(inputs), max(lengths)), dtype=np.int64)
+    mask = np.zeros_like(input_ids)
+    for row, (ids, length) in enumerate(zip(inputs, lengths, strict=True)):
+        input_ids[row, :length] = ids
+        mask[row, :length] = 1
+    return list(session.run(None, {"input_ids": input_ids, "attention_mask": mask})[0])
+
+
+def return_freed_memory() -> None:
+    """Give back what unpacking the weights has freed; as much again as they take, otherwise kept.
+
+    Only glibc's allocator keeps it, and only there is there anything to do.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _session(path: Path, settings: EngineSettings, shapes: Mapping[str, str], threads: int) -> Any:
     provider = _PROVIDERS[settings.provider]
     if provider not in ort.get_available_providers():
         raise ConfigInvalid(
@@ -130,7 +166,7 @@ def _session(path: Path, settings: EngineSettings, shapes: Mapping[str, str]) ->
             "'bestroute[gpu]' (without onnxruntime beside it), or set engine.provider = 'cpu'"
         )
     options = ort.SessionOptions()
-    options.intra_op_num_threads = settings.threads or cpus()
+    options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     # Spinning threads steal the cores that tokenizing and gRPC need.

@@ -7,7 +7,7 @@ routed = await router.decide(Prompt.of("What is 2 + 2?"), Policy())
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,12 +17,13 @@ from bestroute.bundle import DEFAULT_BUNDLE, Bundle, Manifest
 from bestroute.config import Engine as EngineSettings
 from bestroute.config import Settings
 from bestroute.decision import Decision, Policy, Rules
+from bestroute.engine import return_freed_memory
 from bestroute.errors import BestrouteError, BundleInvalid, ProviderFailed
 from bestroute.pricing import ModelPrice, prices
 from bestroute.prompt import Prompt
 from bestroute.providers import Providers, Sampling
 from bestroute.scoring import Scored, score
-from bestroute.text_model import TextModel, Timing, open_text_model
+from bestroute.text_model import TextModel, Timing, load_text_model
 
 _log = logging.getLogger(__name__)
 _CHARACTERS_PER_TOKEN = 4
@@ -199,23 +200,27 @@ async def open_router(settings: Settings) -> AsyncIterator[Router]:
     bundle = await asyncio.to_thread(Bundle.load, settings.bundle or DEFAULT_BUNDLE)
     manifest = bundle.manifest
     model_prices = prices(manifest.models, settings)
-    async with AsyncExitStack() as stack:
-        providers = await stack.enter_async_context(Providers(settings))
-        router_model = await stack.enter_async_context(
-            open_text_model(bundle, manifest.router, settings)
-        )
-        reward_model = await stack.enter_async_context(
-            open_text_model(bundle, manifest.reward, settings)
-        )
-        await asyncio.to_thread(check_golden, manifest, router_model, reward_model)
+    async with Providers(settings) as providers, _text_models(bundle, settings) as models:
+        await asyncio.to_thread(check_golden, manifest, *models)
         yield Router(
-            manifest,
-            router_model,
-            reward_model,
-            providers,
-            model_prices,
-            fail_open=settings.routing.fail_open,
+            manifest, *models, providers, model_prices, fail_open=settings.routing.fail_open
         )
+
+
+@asynccontextmanager
+async def _text_models(
+    bundle: Bundle, settings: Settings
+) -> AsyncIterator[tuple[TextModel, TextModel]]:
+    """The bundle's router and reward model, loaded side by side, serving while the block lasts."""
+    manifest = bundle.manifest
+    router_model, reward_model = await asyncio.gather(
+        load_text_model(bundle, manifest.router, settings, wide=True),
+        # Beside the seconds that an LLM takes to answer, a few milliseconds more are no loss.
+        load_text_model(bundle, manifest.reward, settings, wide=False),
+    )
+    return_freed_memory()
+    async with router_model.running(), reward_model.running():
+        yield router_model, reward_model
 
 
 def check_golden(manifest: Manifest, router_model: TextModel, reward_model: TextModel) -> float:
@@ -256,10 +261,5 @@ async def verify(bundle: Bundle, engine: EngineSettings) -> float:
         BundleInvalid: they can't be loaded, or disagree.
         ConfigInvalid: the engine can't be used here.
     """
-    settings = Settings(engine=engine)
-    manifest = bundle.manifest
-    async with (
-        open_text_model(bundle, manifest.router, settings) as router_model,
-        open_text_model(bundle, manifest.reward, settings) as reward_model,
-    ):
-        return await asyncio.to_thread(check_golden, manifest, router_model, reward_model)
+    async with _text_models(bundle, Settings(engine=engine)) as models:
+        return await asyncio.to_thread(check_golden, bundle.manifest, *models)

@@ -19,7 +19,7 @@ from bestroute.tokenizer import Encoded, Tokenizer
 _INLINE_CHARACTERS = 256
 """Texts up to this length are tokenized on the event loop: a thread's hop would take longer."""
 
-_CPU, _GPU = (256, 0.1), (16_384, 0.5)
+_CPU, _GPU = (512, 0.03), (16_384, 0.5)
 """Default padded tokens of a batch, and largest share of padding. On a CPU batching gains little
 and padding costs much (measured by benchmarks/engine.py); the GPU's are not measured yet."""
 
@@ -43,21 +43,29 @@ class Reading:
 
 
 class TextModel:
-    """Made by `open_text_model`; see there.
+    """Made by `load_text_model`; serves while it is `running`.
 
     Attributes:
         tokenizer: what turns texts into this network's inputs.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        tokenizer: Tokenizer,
-        batcher: Batcher[Encoded, Row],
-        threads: ThreadPoolExecutor,
-    ) -> None:
-        self._engine, self.tokenizer, self._batcher = engine, tokenizer, batcher
-        self._threads = threads
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, settings: Settings) -> None:
+        self._engine, self.tokenizer = engine, tokenizer
+        self._batcher = Batcher[Encoded, Row](
+            lambda batch: engine([each.ids for each in batch]),
+            length=lambda each: len(each.ids),
+            budget=_budget(settings),
+            max_queue=settings.batching.max_queue,
+            in_flight=engine.concurrency,
+        )
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Serve while the block lasts; on leaving, finish what is queued and end the threads."""
+        with self._threads:
+            async with self._engine, self._batcher.running():
+                yield
 
     async def encode(self, text: str) -> Encoded:
         """Tokenize a prompt without running the network."""
@@ -115,11 +123,10 @@ class TextModel:
         return await asyncio.get_running_loop().run_in_executor(self._threads, encode)
 
 
-@asynccontextmanager
-async def open_text_model(
-    bundle: Bundle, network: Network, settings: Settings
-) -> AsyncIterator[TextModel]:
-    """Load a network of the bundle, warm it up and serve it while the block lasts.
+async def load_text_model(
+    bundle: Bundle, network: Network, settings: Settings, *, wide: bool
+) -> TextModel:
+    """Load a network of the bundle and warm it up, off the event loop; `wide` as in `Engine`.
 
     Raises:
         BundleInvalid: the bundle has no such file, or the network can't be loaded.
@@ -132,20 +139,11 @@ async def open_text_model(
         settings.engine,
         max_items=settings.batching.max_items,
         max_tokens=network.max_tokens,
+        wide=wide,
     )
+    await asyncio.to_thread(engine.warm_up)
     tokenizer = Tokenizer(bundle.tokenizer_path, max_tokens=network.max_tokens)
-    batcher = Batcher[Encoded, Row](
-        lambda batch: engine([each.ids for each in batch]),
-        length=lambda each: len(each.ids),
-        budget=_budget(settings),
-        max_queue=settings.batching.max_queue,
-        in_flight=engine.concurrency,
-    )
-    with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as threads:
-        async with engine:
-            await asyncio.to_thread(engine.warm_up)
-            async with batcher.running():
-                yield TextModel(engine, tokenizer, batcher, threads)
+    return TextModel(engine, tokenizer, settings)
 
 
 def _budget(settings: Settings) -> Budget:
