@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import pytest
 
-from bestroute.engine import Engine, Row
+from bestroute import engine
 from bestroute.v1 import routing_pb2 as pb
 from tests import tiny
 
@@ -127,13 +127,13 @@ async def test_concurrent_calls_share_batches(
     stub: "RoutingServiceAsyncStub", monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With an engine that takes its time, as a real network does."""
-    run = Engine.run
+    run = engine._run
 
-    def slow(self: Engine, inputs: Sequence[Sequence[int]]) -> list[Row]:
+    def slow(session: Any, inputs: Sequence[Sequence[int]]) -> list[engine.Row]:
         time.sleep(0.02)
-        return run(self, inputs)
+        return run(session, inputs)
 
-    monkeypatch.setattr(Engine, "run", slow)
+    monkeypatch.setattr(engine, "_run", slow)
     requests = [pb.RouteRequest(prompt=f"word{i} easy") for i in range(64)]
 
     responses = await asyncio.gather(*map(stub.Route, requests))
