@@ -20,7 +20,7 @@ from bestroute_export import pipeline as pipelines
 from bestroute_export.__main__ import main
 from bestroute_export.batches import by_budget, pad, predict, shuffled
 from bestroute_export.bundling import write_bundle
-from bestroute_export.data import DataError, fold_of, read_prompts
+from bestroute_export.data import DataError, read_prompts
 from bestroute_export.encoder import load_encoder, store_in_eight_bits
 from bestroute_export.graph import export
 from bestroute_export.measure import session
@@ -116,6 +116,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     write_rows(directory / "reasoning_gym.jsonl.gz", prompts)
     write_rows(directory / "pairs_reasoning_gym.jsonl.gz", pairs)
+    write_rows(directory / "pairs_correctness.jsonl.gz", pairs[:40])
     price = {"small": 0.1, "medium": 0.5, "large": 3.0}
     (directory / "prices.json").write_text(
         json.dumps(
@@ -226,10 +227,16 @@ def test_other_settings_need_another_work_directory(finished: tuple[Pipeline, Pa
 def test_no_reward_is_fitted_to_the_prompts_it_labels(finished: tuple[Pipeline, Path]) -> None:
     pipeline, _ = finished
     names = {path.name for path in pipeline.work.directory.iterdir()}
-    assert {"rewards-fold-0.npz", "rewards-fold-1.npz", "rewards-routed.npz"} <= names
+    assert {"rewards-fold-0.npz", "rewards-fold-1.npz", "rewards-validation.npz"} <= names
     assert {"reward-fold-0.safetensors", "reward-fold-1.safetensors"} <= names
-    for group in pipeline.routed_rewards:
-        assert fold_of(group[0], pipeline.recipe.reward_folds) == pipelines.SERVED_FOLD
+
+
+def test_reward_levels_are_set_on_prompts_new_to_the_reward_model(
+    finished: tuple[Pipeline, Path],
+) -> None:
+    pipeline, _ = finished
+    split = {prompt.id: prompt.split for prompt in pipeline.prompts}
+    assert {split[prompt_id] for prompt_id, _ in pipeline.routed_rewards} == {"validation"}
 
 
 def rows(longest: int) -> list[list[int]]:
