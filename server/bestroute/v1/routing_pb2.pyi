@@ -566,7 +566,7 @@ class Execution(google.protobuf.message.Message):
     """
     escalate: builtins.bool
     """Ask the reference as well where the best reward stays below the floor that the bundle was
-    calibrated with.
+    calibrated with. Without such a floor nothing escalates.
     """
     stream_deltas: builtins.bool
     """Whether to send deltas; unset means yes."""
