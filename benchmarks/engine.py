@@ -45,7 +45,7 @@ def main() -> int:
     rates: dict[int, list[float]] = {budget: [] for budget in BUDGETS}
     for _ in track(range(options.repeats), "measuring", transient=True):
         for budget in BUDGETS:
-            rates[budget].append(bare_rate(engine, ids, budget))
+            rates[budget].append(bare_rate(engine, budget, ids))
 
     medians = {budget: statistics.median(each) for budget, each in rates.items()}
     table = Table("padded tokens", "prompts per second", "over one by one", title="One engine")
