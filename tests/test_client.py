@@ -336,8 +336,9 @@ async def test_an_absent_service_falls_back(
 
     assert decision.arm == pb.Arm(model="gpt-4o", samples=1)
     assert decision.fallback_reason == pb.FALLBACK_REASON_SERVICE_UNREACHABLE
-    assert len(caplog.records) == 1
-    assert caplog.messages[0].startswith("falling back to gpt-4o: UNAVAILABLE: ")
+    # grpcio's poller, one for the process, may log that the loop of an earlier test is closed.
+    [told] = [record.getMessage() for record in caplog.records if record.name == "bestroute.client"]
+    assert told.startswith("falling back to gpt-4o: UNAVAILABLE: ")
 
 
 async def test_a_service_that_hangs_falls_back_in_time() -> None:
