@@ -115,7 +115,8 @@ class Provider(_Section):
         max_concurrency: calls under way at once, over all requests.
         connect_timeout: seconds to connect.
         read_timeout: seconds of silence after which a call has failed.
-        max_retries: how often a call that gave no text yet is repeated (429, 5xx, connection).
+        max_retries: how often a call is repeated that was refused (429, 5xx) or could not connect;
+            one that breaks after the answer has begun is not.
         price_id: the provider's id in the price list of genai-prices; unset finds it by base_url.
     """
 
