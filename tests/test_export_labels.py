@@ -7,7 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bestroute_export.labels import expected_score, match_probability, selection_weights
+from bestroute_export.labels import (
+    expected_match,
+    expected_score,
+    match_probability,
+    selection_weights,
+)
 
 # Few distinct values, so that ties are common.
 GRID = st.sampled_from([0.0, 0.25, 0.5, 1.0])
@@ -41,18 +46,36 @@ def test_weights_are_those_of_every_subset(
     assert selection_weights(rewards, samples) == pytest.approx(brute_force(rewards, samples))
 
 
-@given(drawn())
+@given(drawn(), st.sampled_from([0.0, 0.25, 0.5, 2.0]))
 def test_label_is_the_share_of_matching_draws(
-    case: tuple[list[float], list[float], list[float], int],
+    case: tuple[list[float], list[float], list[float], int], slack: float
 ) -> None:
     rewards, scores, reference, samples = case
     expected = sum(
-        weight * (score >= other) / len(reference)
+        weight * (score >= other - slack) / len(reference)
         for (weight, score), other in product(
             zip(brute_force(rewards, samples), scores, strict=True), reference
         )
     )
-    assert match_probability(rewards, scores, reference, samples) == pytest.approx(expected)
+    label = match_probability(rewards, scores, reference, samples, slack)
+    assert label == pytest.approx(expected)
+
+
+@given(drawn())
+def test_a_single_reference_answer_makes_hard_and_soft_labels_agree(
+    case: tuple[list[float], list[float], list[float], int],
+) -> None:
+    _, scores, reference, _ = case
+    labels = expected_match([[score] for score in scores], [reference[0]] * len(scores))
+    assert labels[:, 0].tolist() == [
+        match_probability([0.0], [score], reference[:1], 1) for score in scores
+    ]
+
+
+def test_slack_is_not_lost_to_rounding() -> None:
+    assert 0.7 < 0.8 - 0.1
+    assert match_probability([0.0], [0.7], [0.8], 1, slack=0.1) == 1
+    assert expected_match([[0.7, 0.69]], [0.8], slack=0.1).tolist() == [[1, 0]]
 
 
 @given(drawn())

@@ -5,23 +5,34 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+CPU = torch.device("cpu")
 Ids = Sequence[int]
 Indices = npt.NDArray[np.int64]
 Function = Callable[[Tensor, Tensor], Tensor]
 """A network, however it runs: `input_ids` and `attention_mask` int64 [B, T] to float [B, K]."""
 
 
-def pad(rows: Sequence[Ids]) -> tuple[Tensor, Tensor]:
-    """Rows of token ids to `input_ids` and `attention_mask`, both int64 [B, T]."""
+def accelerator() -> torch.device:
+    """Where networks train: the GPU where PyTorch sees one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Where a network lies now."""
+    return next(network.parameters()).device
+
+
+def pad(rows: Sequence[Ids], device: torch.device = CPU) -> tuple[Tensor, Tensor]:
+    """Rows of token ids to `input_ids` and `attention_mask`, both int64 [B, T] on a device."""
     length = max(len(row) for row in rows)
     ids = torch.zeros(len(rows), length, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for index, row in enumerate(rows):
         ids[index, : len(row)] = torch.tensor(row)
         mask[index, : len(row)] = 1
-    return ids, mask
+    return ids.to(device), mask.to(device)
 
 
 def shuffled(lengths: npt.ArrayLike, size: int, generator: np.random.Generator) -> list[Indices]:
@@ -55,12 +66,17 @@ def by_budget(lengths: npt.ArrayLike, padded_tokens: int) -> Iterator[Indices]:
         start += size
 
 
-def in_bfloat16(function: Function) -> Function:
-    """The same network in bfloat16 arithmetic: faster, and exact enough to rank answers."""
+def in_bfloat16(function: Function, device: torch.device = CPU) -> Function:
+    """The same network in bfloat16 arithmetic: faster, and exact enough to rank answers.
+
+    Args:
+        function: the network.
+        device: where it lies; inputs are brought there, and outputs back to the CPU.
+    """
 
     def run(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return function(input_ids, attention_mask)
+        with torch.autocast(device.type, torch.bfloat16):
+            return function(input_ids.to(device), attention_mask.to(device)).cpu()
 
     return run
 

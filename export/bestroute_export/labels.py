@@ -15,6 +15,9 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
+ROUNDING = 1e-9
+"""Scores that differ by less are equal: 0.7 is within a slack of 0.1 below 0.8."""
+
 
 def selection_weights(rewards: npt.ArrayLike, samples: int) -> Floats:
     """Probability that each answer is the one that best-of-n keeps.
@@ -44,20 +47,43 @@ def selection_weights(rewards: npt.ArrayLike, samples: int) -> Floats:
 
 
 def match_probability(
-    rewards: npt.ArrayLike, scores: npt.ArrayLike, reference: npt.ArrayLike, samples: int
+    rewards: npt.ArrayLike,
+    scores: npt.ArrayLike,
+    reference: npt.ArrayLike,
+    samples: int,
+    slack: float = 0.0,
 ) -> float:
-    """P(score of best-of-n >= score of one answer of the reference LLM), the router's label.
+    """P(score of best-of-n >= score of one reference answer - slack), the router's label.
+
+    The slack is BEST-Route's t_match (arXiv 2506.22716), which the paper sets to 0.
 
     Args:
         rewards: float [m], proxy rewards of an LLM's answers.
         scores: float [m], scores of the same answers.
         reference: float [r], scores of the reference LLM's answers.
         samples: n.
+        slack: tau, by how much a match may fall short, in units of the scores.
     """
-    at_least = np.asarray(scores)[:, None] >= np.asarray(reference)[None, :]  # [m, r]
+    needed = np.asarray(reference, dtype=np.float64)[None, :] - slack - ROUNDING  # [1, r]
+    at_least = np.asarray(scores)[:, None] >= needed  # [m, r]
     return float(selection_weights(rewards, samples) @ at_least.mean(1))
 
 
 def expected_score(rewards: npt.ArrayLike, scores: npt.ArrayLike, samples: int) -> float:
     """Mean score of what best-of-n keeps; arguments as in `match_probability`."""
     return float(selection_weights(rewards, samples) @ np.asarray(scores, dtype=np.float64))
+
+
+def expected_match(quality: npt.ArrayLike, reference: npt.ArrayLike, slack: float = 0.0) -> Floats:
+    """Hard labels: 1 where an arm's expected score is at least the reference's - slack, else 0.
+
+    Args:
+        quality: float [Q, A], expected score of each arm's answer.
+        reference: float [Q], expected score of a reference answer.
+        slack: tau, as in `match_probability`.
+
+    Returns:
+        float64 [Q, A].
+    """
+    needed = np.asarray(reference, dtype=np.float64)[:, None] - slack - ROUNDING  # [Q, 1]
+    return (np.asarray(quality) >= needed).astype(np.float64)

@@ -1,6 +1,6 @@
 """Training the reward model and scoring answers with it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from bestroute.tokenizer import Tokenizer
-from bestroute_export.batches import Function, Indices, pad, predict
+from bestroute_export.batches import Function, Indices, device_of, in_bfloat16, pad, predict
+from bestroute_export.checkpoint import Checkpoint
 from bestroute_export.data import Pair, Prompt
-from bestroute_export.encoder import load_encoder, store_in_eight_bits
+from bestroute_export.encoders import load_encoder, store_in_eight_bits
 from bestroute_export.labels import Floats, expected_score
 from bestroute_export.networks import RewardNetwork
 from bestroute_export.outcomes import Group, Rewards
-from bestroute_export.train import TrainConfig, fit
+from bestroute_export.train import TrainConfig, Trained, fit
 
 
 def train_reward(
@@ -26,11 +27,30 @@ def train_reward(
     config: TrainConfig,
     progress: Progress,
     title: str,
+    evaluate: Callable[[RewardNetwork], float] | None = None,
+    checkpoint: Checkpoint | None = None,
+    report: Callable[[Trained], None] = lambda trained: None,
 ) -> RewardNetwork:
     """Fine-tune on pairs by -log sigmoid(reward(chosen) - reward(rejected)).
 
     The loss is that of BEST-Route's proxy reward model (arXiv 2506.22716, section 4.2), which is
     Bradley and Terry's. The result's matrices are rounded to the bundle's 8 bits.
+
+    Args:
+        pairs: given, or made by `bestroute_export.pairs.pairs_of`.
+        backbone: directory of the pretrained encoder.
+        tokenizer: of the backbone, with the limit of the reward model.
+        config: how to train.
+        progress: where a bar is shown.
+        title: the bar's text.
+        evaluate: metric for early stopping, see `selection_metric`.
+        checkpoint: where to write progress, and to go on from.
+        report: told what the training took.
+
+    Raises:
+        ValueError: there are no pairs.
+        CheckpointInvalid: the checkpoint is of another training.
+        FloatingPointError: the loss or the metric is not finite.
     """
     torch.manual_seed(config.seed)
     network = RewardNetwork(load_encoder(backbone))
@@ -39,14 +59,38 @@ def train_reward(
 
     def loss(batch: Indices) -> Tensor:
         # Two passes: the halves of a pair may differ much in length.
-        better = network(*pad([chosen[index] for index in batch]))  # [B, 1]
-        worse = network(*pad([rejected[index] for index in batch]))  # [B, 1]
+        device = device_of(network)
+        better = network(*pad([chosen[index] for index in batch], device))  # [B, 1]
+        worse = network(*pad([rejected[index] for index in batch], device))  # [B, 1]
         return -functional.logsigmoid(better - worse).mean()
 
     lengths = [max(len(c), len(r)) for c, r in zip(chosen, rejected, strict=True)]
-    fit(network, loss, lengths, config, progress, title)
+    report(fit(network, loss, lengths, config, progress, title, evaluate, checkpoint))
     store_in_eight_bits(network)
     return network
+
+
+def selection_metric(
+    tokenizer: Tokenizer, prompts: Sequence[Prompt], groups: Sequence[Group], samples: int
+) -> Callable[[RewardNetwork], float]:
+    """The metric that matters for a reward model: the true quality of what it selects.
+
+    Args:
+        tokenizer: its tokenizer.
+        prompts: at least the prompts of the groups; not trained on.
+        groups: the choices to make, see `bestroute_export.outcomes.decided_by_reward`.
+        samples: n of the best-of-n; groups with fewer answers are left out.
+
+    Returns:
+        A network to the mean score of its choices, see `selection`.
+    """
+
+    def quality(network: RewardNetwork) -> float:
+        function = in_bfloat16(network, device_of(network))
+        rewards = score_answers(function, tokenizer, prompts, groups)
+        return selection(by_group(rewards, prompts, groups), prompts, samples)[1]
+
+    return quality
 
 
 def score_answers(
