@@ -1,25 +1,28 @@
-"""From raw outputs to numbers that mean something: probabilities, thresholds, reward levels."""
+"""From raw outputs to numbers that mean something: probabilities and reward levels."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
-from bestroute.bundle import Arm, CurvePoint
-from bestroute_export.evaluate import bootstrap_weights, drops, routed, savings
+from bestroute.bundle import Arm
 from bestroute_export.labels import Floats
-from bestroute_export.outcomes import Outcomes
 
-LEVELS = 1000
-MOST_POINTS = 40
 FEWEST_ANSWERS = 50
 """A mean score over fewer answers than this decides nothing (standard error about 0.07)."""
+
+
+def sigmoid(logits: Floats) -> Floats:
+    """Logits as probabilities, float64 of the same shape."""
+    return np.asarray(0.5 + 0.5 * np.tanh(logits / 2))
 
 
 def platt(logits: Floats, labels: Floats, arms: Sequence[Arm]) -> tuple[Floats, Floats]:
     """Fit sigmoid(scale * logit + shift) to soft labels, one scale and shift per LLM.
 
-    Newton's method on the cross-entropy (Platt 1999, with soft targets). One scale for all arms of
-    an LLM keeps their order; it is kept positive.
+    Damped Newton's method on the cross-entropy (Platt 1999, with soft targets). One scale for all
+    arms of an LLM keeps their order; it is kept positive.
 
     Args:
         logits: float [Q, A].
@@ -38,11 +41,14 @@ def platt(logits: Floats, labels: Floats, arms: Sequence[Arm]) -> tuple[Floats, 
         features = np.stack([x, np.ones_like(x)], axis=1)  # [Q * n, 2]
         weights = np.array([1.0, 0.0])
         for _ in range(50):
-            p = 1 / (1 + np.exp(-features @ weights))
+            p = sigmoid(features @ weights)
             gradient = features.T @ (p - y)
             # The ridge keeps the matrix invertible where every logit is the same.
             curvature = (features.T * (p * (1 - p))) @ features + 1e-6 * np.eye(2)
             step = np.linalg.solve(curvature, gradient)
+            # Where logits are far too sure of themselves a full step overshoots.
+            while _entropy(features @ (weights - step), y) > _entropy(features @ weights, y):
+                step /= 2
             weights -= step
             if np.abs(step).max() < 1e-9:
                 break
@@ -51,46 +57,62 @@ def platt(logits: Floats, labels: Floats, arms: Sequence[Arm]) -> tuple[Floats, 
     return scale, shift
 
 
-def curve(probabilities: Floats, measured: Outcomes, resamples: int, seed: int) -> list[CurvePoint]:
-    """Cost saving and quality drop by threshold, with an upper bound of the drop.
+def _entropy(logits: Floats, labels: Floats) -> float:
+    return float((np.logaddexp(0, logits) - labels * logits).mean())
 
-    Thresholds are picked from a fine grid so that the savings lie about evenly. Savings are counted
-    at the lengths of the answers sampled; the policy knows only mean lengths. The bound is the 95th
-    percentile of the drop over bootstrap resamples of the prompts.
+
+def cross_platt(
+    logits: Floats, labels: Floats, arms: Sequence[Arm], folds: npt.NDArray[np.int64]
+) -> Floats:
+    """Probabilities of each fold by Platt scaling fitted to the other folds.
+
+    What is measured on them is not flattered by a fit to the very same labels. The service runs
+    one fit to all folds, which sees more prompts.
 
     Args:
-        probabilities: calibrated, float [Q, A], of prompts not trained on.
-        measured: what the arms gave on these prompts.
-        resamples: bootstrap resamples.
-        seed: of the bootstrap.
+        logits: float [Q, A], of prompts not trained on.
+        labels: float [Q, A], in [0, 1].
+        arms: the A columns.
+        folds: int [Q], the fold of each prompt; at least two are needed.
+
+    Returns:
+        float64 [Q, A].
     """
-    grid = np.arange(LEVELS + 1) / LEVELS
-    choices = [routed(probabilities, measured, threshold) for threshold in grid]
-    saved = [float(savings(choice, measured)[0]) for choice in choices]
-    picked = [LEVELS]
-    for index in range(LEVELS - 1, -1, -1):
-        if saved[index] - saved[picked[-1]] >= max(saved) / MOST_POINTS:
-            picked.append(index)
-    weights = bootstrap_weights(len(probabilities), resamples, seed)
+    probabilities = np.empty(logits.shape)
+    for fold in np.unique(folds):
+        held = folds == fold
+        scale, shift = platt(logits[~held], labels[~held], arms)
+        probabilities[held] = sigmoid(logits[held] * scale + shift)
+    return probabilities
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Probabilities near each other, and the mean of their labels."""
+
+    probability: float
+    label: float
+    count: int
+
+
+def reliability(probabilities: Floats, labels: Floats, bins: int = 10) -> list[Bin]:
+    """The points of a reliability diagram: equal-width bins that hold anything, rising.
+
+    `evaluate.calibration_error` sums them up: mean |label - probability|, weighted by count.
+
+    Args:
+        probabilities: float, any shape; a column for one arm, the whole for all.
+        labels: float, the same shape, in [0, 1].
+        bins: over [0, 1].
+    """
+    p, y = probabilities.ravel(), labels.ravel()
+    which = np.minimum((p * bins).astype(int), bins - 1)
+    members = [which == index for index in range(bins)]
     return [
-        CurvePoint(
-            match_threshold=float(grid[index]),
-            cost_saving=saved[index],
-            quality_drop=float(drops(choices[index], measured)[0]),
-            quality_drop_upper=float(np.quantile(drops(choices[index], measured, weights), 0.95)),
-        )
-        for index in reversed(picked)
+        Bin(float(p[rows].mean()), float(y[rows].mean()), int(rows.sum()))
+        for rows in members
+        if rows.any()
     ]
-
-
-def threshold_for(points: Sequence[CurvePoint], quality_drop: float) -> float:
-    """The lowest threshold down to which the upper bound of every point stays within a drop."""
-    best = 1.0
-    for point in sorted(points, key=lambda point: -point.match_threshold):
-        if point.quality_drop_upper > quality_drop:
-            break
-        best = point.match_threshold
-    return best
 
 
 def reward_levels(
