@@ -46,6 +46,7 @@ from examples.demonstration.screens import (
     Call,
     batches_table,
     ending,
+    explanation,
     introduction,
     one_line,
     pool_table,
@@ -76,10 +77,8 @@ async def show_routes(
     console.print(title(2, f"Route: {len(asked)} prompts of reasoning-gym, decisions only"))
     decisions = await route_all(client, asked, {})
     console.print(
-        "Nothing is asked for but a decision, which means the bundle's default target: the "
-        f"cheapest arm with [bold]p[/] ≥ {decisions[0].match_threshold:.2f}, else the reference. "
-        f"[bold]p[/] is the predicted probability that the arm's best answer is as good as "
-        f"{pool.reference_model}'s. Costs are estimates.\n"
+        "Nothing is asked for but a decision, which means the bundle's default target: "
+        f"{explanation(decisions[0])} Costs are estimates.\n"
     )
     console.print(routes_table(asked, decisions, console.width))
     most = reachable_saving(pool)

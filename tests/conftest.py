@@ -19,6 +19,11 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write(tmp_path_factory.mktemp("bundle"))
 
 
+@pytest.fixture(scope="session")
+def trading_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_trading(tmp_path_factory.mktemp("trading"))
+
+
 @pytest.fixture
 def settings(tiny_bundle: Path) -> Settings:
     """The tiny bundle on a free port of loopback."""

@@ -22,6 +22,11 @@ def copy(tiny_bundle: Path, tmp_path: Path) -> Path:
     return shutil.copytree(tiny_bundle, tmp_path / "bundle")
 
 
+@pytest.fixture
+def trading(trading_bundle: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(trading_bundle, tmp_path / "trading")
+
+
 def edit(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
     manifest = json.loads((directory / MANIFEST).read_text())
     change(manifest)
@@ -77,6 +82,27 @@ def test_a_manifest_that_contradicts_itself_is_refused(
         Bundle.load(copy)
 
 
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda m: m["trade_offs"]["curve"].reverse(), "rates must rise"),
+        (lambda m: m["trade_offs"]["curve"].clear(), r"trade_offs\.curve"),
+        (lambda m: m["golden"]["router"][0]["gains"].pop(), "golden gains must have 4 values"),
+        (lambda m: m["golden"]["router"][0].pop("gains"), "golden gains must have 4 values"),
+        (lambda m: m["golden"]["router"][0]["output_tokens"].pop(), "output_tokens must .* 3 val"),
+        (lambda m: m["golden"]["router"][0]["output_tokens"].append(0), "output_tokens"),
+        (lambda m: m.pop("trade_offs"), "golden gains need trade_offs"),
+    ],
+)
+def test_trade_offs_that_contradict_themselves_are_refused(
+    trading: Path, change: Callable[[dict[str, Any]], None], complaint: str
+) -> None:
+    edit(trading, change)
+
+    with pytest.raises(BundleInvalid, match=complaint):
+        Bundle.load(trading)
+
+
 def test_no_bundle_says_what_a_bundle_is(tmp_path: Path) -> None:
     with pytest.raises(BundleInvalid, match="a bundle is a directory made by `bestroute-export`"):
         Bundle.load(tmp_path / "nowhere")
@@ -91,6 +117,34 @@ async def test_golden_outputs_are_computed_again(copy: Path) -> None:
     edit(copy, lie)
     with pytest.raises(BundleInvalid, match=r"differ from the golden ones by 0\.01"):
         await verify(Bundle.load(copy), Engine())
+
+
+@pytest.mark.parametrize(
+    ("field", "change", "deviation"), [("gains", 0.01, r"0\.01"), ("output_tokens", 2.0, r"0\.024")]
+)
+async def test_golden_gains_and_tokens_are_computed_again(
+    trading: Path, field: str, change: float, deviation: str
+) -> None:
+    """Gains are compared absolutely, tokens relative to what is expected: 2 of 82."""
+    assert await verify(Bundle.load(trading), Engine()) < 1e-5
+
+    def lie(manifest: dict[str, Any]) -> None:
+        manifest["golden"]["router"][0][field][0] += change
+
+    edit(trading, lie)
+    with pytest.raises(BundleInvalid, match=f"differ from the golden ones by {deviation}"):
+        await verify(Bundle.load(trading), Engine())
+
+
+async def test_a_router_with_other_columns_than_the_manifest_is_refused(
+    copy: Path, trading: Path
+) -> None:
+    shutil.copy(copy / "router.onnx", trading)
+    file = json.loads((copy / MANIFEST).read_text())["router"]["files"]["fp32"]
+    edit(trading, lambda m: m["router"]["files"].update(fp32=file))
+
+    with pytest.raises(BundleInvalid, match=r"the router gives 4 columns, .* call for 11; export"):
+        await verify(Bundle.load(trading), Engine())
 
 
 async def test_a_network_that_is_none_is_refused(copy: Path) -> None:

@@ -126,6 +126,28 @@ async def test_explain_lists_every_arm_cheapest_first(ask: Run) -> None:
     ]
 
 
+async def test_a_trade_off_is_explained(run: Run, settings: Settings, trading_bundle: Path) -> None:
+    trading = settings.model_copy(update={"bundle": trading_bundle})
+    async with serving(trading) as running:
+
+        async def ask(*arguments: str) -> Done:
+            return await run("route", "--address", running.address, *arguments)
+
+        gain = await ask("word1 better", "--explain")
+        left = await ask("worse worse")
+        threshold = await ask("easy", "--match-threshold", "0.5")
+
+    assert gain.out.startswith("medium, 1 sample\n")
+    assert "+0.100 expected against large; one dollar is worth 50 of quality" in gain.out
+    assert "about 120 tokens" in gain.out
+    assert re.search(r"^small +1 +0.269 +\+0.040 +80 +\$0.0000402 +98.7 %", gain.out, re.MULTILINE)
+    assert re.search(r"^medium .* chosen *$", gain.out, re.MULTILINE)
+    assert left.out.startswith("large, 1 sample\n")
+    assert "no allowed arm is worth more than the reference" in left.out
+    assert "trade-off  one dollar is worth 50 of quality" in left.out
+    assert "to match large; threshold 0.500" in threshold.out
+
+
 async def test_policy_flags_reach_the_service(ask: Run) -> None:
     done = await ask("route", "easy", "--allow", "medium", "--allow", "large", "--max-samples", "1")
 
@@ -520,6 +542,28 @@ async def test_a_long_curve_is_thinned_but_keeps_the_default(run: Run, tmp_path:
     assert thresholds[0] == ("0.000", "")
     assert ("0.333", " *") in thresholds
     assert thresholds[-1] == ("1.000", "")
+
+
+async def test_bundle_show_draws_the_trade_offs_and_what_they_promise(
+    run: Run, trading_bundle: Path, tmp_path: Path
+) -> None:
+    manifest = json.loads((trading_bundle / "manifest.json").read_text())
+    strictest, second, *_ = manifest["trade_offs"]["curve"]
+    strictest["quality_per_usd"], second["quality_drop_upper"] = -1e9, 0.02
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+
+    done = await run("bundle", "show", str(tmp_path))
+
+    promised = re.findall(r"^(-?\d\S*(?: \*)?) .* (\S+ %)  [ █]*$", done.out, re.MULTILINE)
+    assert promised == [
+        ("-1e+09", "0.0 %"),
+        ("0", "2.0 %"),
+        ("50 *", "2.0 %"),
+        ("200", "4.0 %"),
+        ("1000", "11.0 %"),
+    ]
+    assert "* default quality per USD: 50" in done.out
+    assert "smallest drop promised: 2.0 %, saving 60.0 % at 50" in done.out
 
 
 async def test_bundle_show_as_json_is_the_manifest(run: Run, tiny_bundle: Path) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bestroute.bundle import Bundle
-from bestroute.decision import Fallback, Policy, Rules
+from bestroute.decision import Fallback, Policy, Rate, Rules, Threshold
 from bestroute.errors import InvalidRequest
 from bestroute.policy import InputBilling
 from bestroute.pricing import ModelPrice
@@ -25,6 +25,14 @@ def prices(billing: InputBilling = InputBilling.PER_SAMPLE) -> dict[str, ModelPr
 @pytest.fixture
 def rules(tiny_bundle: Path) -> Rules:
     return Rules(Bundle.load(tiny_bundle).manifest, prices())
+
+
+@pytest.fixture
+def trading(trading_bundle: Path) -> Rules:
+    return Rules(Bundle.load(trading_bundle).manifest, prices())
+
+
+ROW = np.array([*PROBABILITIES, *tiny.GAINS, *tiny.OUTPUT_TOKENS], dtype=np.float32)
 
 
 def test_the_cheapest_arm_that_qualifies_is_taken(rules: Rules) -> None:
@@ -86,7 +94,32 @@ def test_a_drop_that_no_threshold_promises_leaves_the_reference(tmp_path: Path) 
     worse = [p.model_copy(update={"quality_drop_upper": 0.2}) for p in manifest.curve]
     rules = Rules(manifest.model_copy(update={"curve": worse}), prices())
 
-    assert rules.threshold(Policy(max_quality_drop=0.1)) == 1.0
+    assert rules.criterion(Policy(max_quality_drop=0.1)) == Threshold(1.0)
+
+
+def test_a_threshold_beyond_a_broken_bound_is_not_chosen(tmp_path: Path) -> None:
+    manifest = Bundle.load(tiny.write(tmp_path)).manifest
+    loose, middle, strict = manifest.curve
+    broken = [loose.model_copy(update={"quality_drop_upper": 0.0}), middle, strict]
+    rules = Rules(manifest.model_copy(update={"curve": broken}), prices())
+
+    assert rules.criterion(Policy(max_quality_drop=0.01)) == Threshold(strict.match_threshold)
+    assert rules.criterion(Policy(max_quality_drop=0.02)) == Threshold(loose.match_threshold)
+
+
+def test_a_saving_is_reached_with_the_smallest_bound(tmp_path: Path) -> None:
+    manifest = Bundle.load(tiny.write(tmp_path)).manifest
+    loose, middle, strict = manifest.curve
+    uncertain = [loose, middle, strict.model_copy(update={"quality_drop_upper": 0.05})]
+    rules = Rules(manifest.model_copy(update={"curve": uncertain}), prices())
+
+    assert rules.criterion(Policy(min_cost_saving=0.1)) == Threshold(middle.match_threshold)
+
+
+def test_a_saving_out_of_reach_names_the_most_and_its_price(rules: Rules) -> None:
+    message = r"policy\.min_cost_saving: .*save is 0\.900, .* drop of at most 0\.110; ask for less"
+    with pytest.raises(InvalidRequest, match=message):
+        rules.check(Policy(min_cost_saving=0.95))
 
 
 def test_the_callers_own_arm_is_priced_and_not_judged(rules: Rules) -> None:
@@ -103,3 +136,86 @@ def test_without_the_router_the_reference_answers(rules: Rules) -> None:
 
     assert decision.arm.model == "large"
     assert decision.fallback is Fallback.ROUTER_FAILED
+
+
+def test_the_arm_worth_most_is_taken_at_the_bundles_rate(trading: Rules) -> None:
+    decision = trading.decide(ROW, 10, Policy())
+
+    assert decision.criterion == Rate(50.0)
+    assert (decision.arm.model, decision.arm.samples) == ("medium", 1)
+    assert decision.arm == decision.options[2]
+    assert decision.arm.match_probability == pytest.approx(0.8)
+    assert decision.arm.expected_gain == 0
+    assert decision.reference.expected_gain == 0
+    assert decision.fallback is None
+
+
+def test_costs_are_estimated_from_the_predicted_lengths(trading: Rules) -> None:
+    decision = trading.decide(ROW, 10, Policy())
+
+    assert [option.expected_output_tokens for option in decision.options] == [80, 80, 120, 120]
+    costs = [option.estimated_cost_usd for option in decision.options]
+    assert costs == pytest.approx([41e-6, 123e-6, 305e-6, 610e-6])
+    assert decision.reference.expected_output_tokens == 200
+    assert decision.reference.estimated_cost_usd == pytest.approx(3030e-6)
+
+
+def test_the_caller_knows_the_length_better(trading: Rules) -> None:
+    decision = trading.decide(ROW, 0, Policy(expected_output_tokens=1000))
+
+    assert decision.arm.expected_output_tokens == 1000
+    assert decision.options[0].estimated_cost_usd == pytest.approx(500e-6)
+    assert decision.reference.estimated_cost_usd == pytest.approx(15e-3)
+
+
+@pytest.mark.parametrize(
+    ("policy", "criterion", "chosen"),
+    [
+        (Policy(match_threshold=0.5), Threshold(0.5), ("small", 3)),
+        (Policy(match_threshold=0.95), Threshold(0.95), ("large", 1)),
+        (Policy(max_quality_drop=0.0), Rate(-20.0), ("large", 1)),
+        (Policy(max_quality_drop=0.005), Rate(0.0), ("medium", 2)),
+        (Policy(max_quality_drop=0.04), Rate(200.0), ("small", 3)),
+        (Policy(max_quality_drop=1.0), Rate(1000.0), ("small", 1)),
+        (Policy(min_cost_saving=0.0), Rate(-20.0), ("large", 1)),
+        (Policy(min_cost_saving=0.6), Rate(50.0), ("medium", 1)),
+        (Policy(min_cost_saving=0.85), Rate(1000.0), ("small", 1)),
+    ],
+)
+def test_targets_become_rates_and_a_threshold_stays_one(
+    trading: Rules, policy: Policy, criterion: Threshold | Rate, chosen: tuple[str, int]
+) -> None:
+    trading.check(policy)
+
+    decision = trading.decide(ROW, 10, policy)
+
+    assert decision.criterion == criterion
+    assert (decision.arm.model, decision.arm.samples) == chosen
+    left = decision.arm == decision.reference
+    assert decision.fallback == (Fallback.BELOW_THRESHOLD if left else None)
+
+
+def test_no_trade_saves_more_than_was_measured(trading: Rules) -> None:
+    with pytest.raises(InvalidRequest, match=r"save is 0\.900, .* drop of at most 0\.110"):
+        trading.check(Policy(min_cost_saving=0.95))
+
+
+def test_a_budget_below_the_reference_takes_the_arm_of_most_gain_within_it(trading: Rules) -> None:
+    worse = ROW.copy()
+    worse[4:8] -= 1.0
+
+    decision = trading.decide(worse, 10, Policy(max_cost_usd=0.0004))
+
+    assert decision.fallback is Fallback.OVER_BUDGET
+    assert (decision.arm.model, decision.arm.samples) == ("medium", 1)
+    by_threshold = Policy(match_threshold=0.95, max_cost_usd=0.0002)
+    assert trading.decide(worse, 10, by_threshold).arm.samples == 3, "the most probable"
+
+
+def test_what_the_router_did_not_see_is_priced_by_the_mean(trading: Rules) -> None:
+    failed, fixed = trading.without_router(10, Policy()), trading.fixed("small", 2, 10, Policy())
+
+    for option in [failed.arm, fixed.arm, fixed.reference, *trading.arms()]:
+        assert option.expected_output_tokens == 100
+        assert option.expected_gain is None
+    assert failed.criterion == fixed.criterion == Rate(50.0)

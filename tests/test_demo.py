@@ -9,11 +9,15 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from bestroute.app import serving
 from bestroute.bundle import Model
+from bestroute.client import Client
 from bestroute.config import Settings
 from bestroute.pricing import prices
 from bestroute.v1 import routing_pb2 as pb
@@ -24,6 +28,8 @@ if missing := [name for name in needed if find_spec(name) is None]:
     pytest.skip(f"the demo needs {', '.join(missing)}", allow_module_level=True)
 
 # Below the skip, because they need what it looks for.
+from examples.demo import show_routes  # noqa: E402
+from examples.demonstration.answering import chosen  # noqa: E402
 from examples.demonstration.questions import (  # noqa: E402
     TASKS,
     Question,
@@ -143,6 +149,40 @@ def test_several_samples_are_asked_for() -> None:
     assert max(ask.arm.samples for ask in plan if ask.arm) == 3
     assert reachable_saving(pool) == 0.31
     assert [ask.options.get("min_cost_saving") for ask in plan] == [None, None, 0.31, None, None]
+
+
+def test_a_saving_is_asked_for_that_the_trade_offs_reach() -> None:
+    pool = pb.ListArmsResponse(
+        calibration=[pb.Point(match_threshold=0.5, cost_saving=0.9)],
+        trade_offs=[pb.TradeOff(quality_per_usd=rate, cost_saving=rate / 10) for rate in (0, 2)],
+    )
+
+    assert reachable_saving(pool) == 0.2
+
+
+async def test_the_screens_explain_a_trade_off(settings: Settings, trading_bundle: Path) -> None:
+    """On the server's answers, with a screen of 118 columns."""
+    console = Console(file=StringIO(), width=118)
+    asked = questions(2)
+    trading = settings.model_copy(update={"bundle": trading_bundle})
+    async with serving(trading) as running, Client(running.address) as client:
+        pool = await client.list_arms()
+        await show_routes(console, client, pool, asked)
+        decision = await client.route(asked[0].text)
+    console.print(chosen(decision, dict.fromkeys(("small", "medium", "large"), STANDIN)))
+
+    assert isinstance(console.file, StringIO)
+    shown = " ".join(console.file.getvalue().split())
+    for words in (
+        "where $1 is worth 50 of quality",
+        "│ gain │",
+        "(default) $1 = 50 0 2 0",
+        "60% 0.0%",
+        "min_cost_saving = 0.50 $1 = 50",
+        "match_threshold = 0.3 p ≥ 0.30",
+        "→ medium x 1 (gain +0.000)",
+    ):
+        assert words in shown, shown
 
 
 @contextmanager

@@ -40,6 +40,9 @@ async def test_a_decision_is_the_cheapest_arm_that_reaches_the_threshold(
     assert response.timing.batch_size == 1
     assert response.timing.inference.ToNanoseconds() > 0
     assert [arm.match_probability for arm in response.arms] == pytest.approx(expected, abs=1e-6)
+    assert [arm.expected_output_tokens for arm in response.arms] == [100] * 4
+    assert not any(arm.HasField("expected_gain") for arm in response.arms)
+    assert not response.HasField("quality_per_usd")
 
 
 async def test_no_target_is_the_bundles_default(stub: "RoutingServiceAsyncStub") -> None:
@@ -240,6 +243,8 @@ async def test_the_pool_is_listed(stub: "RoutingServiceAsyncStub") -> None:
     ]
     assert listed.arms[1].estimated_cost_usd == pytest.approx(3 * 100 * 0.5 / 1e6)
     assert [point.match_threshold for point in listed.calibration] == [0.2, 0.5, 0.8]
+    assert len(listed.trade_offs) == 0
+    assert not listed.HasField("default_quality_per_usd")
 
 
 async def test_an_expired_deadline_never_reaches_the_engine(

@@ -1,10 +1,11 @@
 """A bundle small enough to be made in each test run: a bag of words and two linear maps.
 
 It is a real bundle with real ONNX networks. Words steer it, so that a test can ask for any
-behaviour: see `WORDS`.
+behaviour: see `WORDS`. `write_trading` makes one whose router predicts gains and lengths as well.
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -21,6 +22,7 @@ WORDS = {
     "good": 1.0,
     "bad": -1.0,
     "broken": float("nan"),
+    **dict.fromkeys(["better", "worse", "long"], 0.0),
     **{f"word{i}": 0.0 for i in range(100)},
     **{letter: 0.0 for letter in "[]clsepadunkmi:!.,?"},
 }
@@ -37,16 +39,72 @@ ARMS = [
     bundle.Arm(model="medium", samples=2),
 ]
 BIAS = [-1.0, 0.0, 1.0, 2.0]
+GAINS = [-0.06, -0.02, 0.0, 0.01]
+"""Of each arm, where nothing steers."""
+OUTPUT_TOKENS = [80.0, 120.0, 200.0]
+"""Of each model, where nothing steers; their means are all 100."""
+GAIN_WORDS = {"better": 0.1, "worse": -0.1}
+"""What a word adds to every arm's gain."""
+TOKEN_WORDS = {"long": 100.0}
+"""What a word adds to the tokens of every model's answer."""
+
+
+class Head(NamedTuple):
+    """Outputs of a network: what each word adds to all of them, a bias for each, and a function."""
+
+    words: dict[str, float]
+    bias: list[float]
+    last: str
 
 
 def write(directory: Path, *, version: str = "tiny-1", max_tokens: int = 32) -> Path:
     """Write the bundle to a directory that exists, and return it."""
+    golden = bundle.GoldenRoute(prompt="easy", probabilities=probabilities(4.0))
+    heads = [Head(WORDS, BIAS, "Sigmoid")]
+    return _write(directory, heads, golden, None, version, max_tokens)
+
+
+def write_trading(directory: Path) -> Path:
+    """Write the bundle with trade-offs to a directory that exists, and return it.
+
+    For a prompt of one word that doesn't steer, medium x 2 is worth most at rate 0, medium x 1 at
+    50, small x 3 at 200, small x 1 at 1000; at -20 the reference.
+    """
+    golden = bundle.GoldenRoute(
+        prompt="easy", probabilities=probabilities(4.0), gains=GAINS, output_tokens=OUTPUT_TOKENS
+    )
+    heads = [
+        Head(WORDS, BIAS, "Sigmoid"),
+        Head(GAIN_WORDS, GAINS, "Identity"),
+        Head(TOKEN_WORDS, OUTPUT_TOKENS, "Identity"),
+    ]
+    points = [
+        bundle.TradePoint(
+            quality_per_usd=rate, cost_saving=s, quality_drop=q, quality_drop_upper=q + 0.01
+        )
+        for rate, s, q in [
+            (-20.0, 0.0, -0.01),
+            (0.0, 0.3, -0.005),
+            (50.0, 0.6, 0.0),
+            (200.0, 0.8, 0.03),
+            (1000.0, 0.9, 0.1),
+        ]
+    ]
+    trade_offs = bundle.TradeOffs(curve=points, default_quality_per_usd=50.0)
+    return _write(directory, heads, golden, trade_offs, "trading-1", 32)
+
+
+def _write(
+    directory: Path,
+    heads: list[Head],
+    golden: bundle.GoldenRoute,
+    trade_offs: bundle.TradeOffs | None,
+    version: str,
+    max_tokens: int,
+) -> Path:
     tokenizer = _tokenizer(directory / "tokenizer.json")
-    logits = np.zeros(tokenizer.get_vocab_size(), dtype=np.float32)
-    for word, value in WORDS.items():
-        logits[tokenizer.token_to_id(word)] = value
-    _network(directory / "router.onnx", logits, BIAS, "Sigmoid")
-    _network(directory / "reward.onnx", logits, [0.0], "Identity")
+    _network(directory / "router.onnx", tokenizer, heads)
+    _network(directory / "reward.onnx", tokenizer, [Head(WORDS, [0.0], "Identity")])
 
     def network(name: str) -> dict[bundle.Precision, bundle.File]:
         return {"fp32": bundle.File.of(directory / name)}
@@ -74,11 +132,12 @@ def write(directory: Path, *, version: str = "tiny-1", max_tokens: int = 32) -> 
         tokenizer=bundle.File.of(directory / "tokenizer.json"),
         default_match_threshold=0.5,
         curve=curve,
+        trade_offs=trade_offs,
         metrics={"cost_saving": 0.5},
         provenance={"data": "none"},
         golden=bundle.Golden(
             tolerance=1e-4,
-            router=[bundle.GoldenRoute(prompt="easy", probabilities=probabilities(4.0))],
+            router=[golden],
             reward=[bundle.GoldenReward(prompt="word1", response="good good", reward=2.0)],
         ),
     ).write(directory)
@@ -102,27 +161,36 @@ def _tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def _network(path: Path, logits: np.ndarray, bias: list[float], last: str) -> None:
-    """Sum the logits of the unmasked words, add a bias per output, apply `last`."""
+def _network(path: Path, tokenizer: Tokenizer, heads: list[Head]) -> None:
+    """Per head: sum what the unmasked words add, add a bias per output, apply `last`."""
     initializers = [
-        numpy_helper.from_array(logits, "logits"),
-        numpy_helper.from_array(np.array(bias, dtype=np.float32), "bias"),
         numpy_helper.from_array(np.array([1], dtype=np.int64), "axis"),
         numpy_helper.from_array(np.array(0, dtype=np.float32), "zero"),
     ]
-    nodes = [
-        helper.make_node("Gather", ["logits", "input_ids"], ["words"]),
-        helper.make_node("Cast", ["attention_mask"], ["kept"], to=TensorProto.BOOL),
-        helper.make_node("Where", ["kept", "words", "zero"], ["present"]),
-        helper.make_node("ReduceSum", ["present", "axis"], ["sum"], keepdims=1),
-        helper.make_node("Add", ["sum", "bias"], ["biased"]),
-        helper.make_node(last, ["biased"], ["output"]),
-    ]
+    nodes = [helper.make_node("Cast", ["attention_mask"], ["kept"], to=TensorProto.BOOL)]
+    for i, head in enumerate(heads):
+        added = np.zeros(tokenizer.get_vocab_size(), dtype=np.float32)
+        for word, value in head.words.items():
+            added[tokenizer.token_to_id(word)] = value
+        initializers += [
+            numpy_helper.from_array(added, f"added{i}"),
+            numpy_helper.from_array(np.array(head.bias, dtype=np.float32), f"bias{i}"),
+        ]
+        nodes += [
+            helper.make_node("Gather", [f"added{i}", "input_ids"], [f"words{i}"]),
+            helper.make_node("Where", ["kept", f"words{i}", "zero"], [f"present{i}"]),
+            helper.make_node("ReduceSum", [f"present{i}", "axis"], [f"sum{i}"], keepdims=1),
+            helper.make_node("Add", [f"sum{i}", f"bias{i}"], [f"biased{i}"]),
+            helper.make_node(head.last, [f"biased{i}"], [f"output{i}"]),
+        ]
+    outputs = [f"output{i}" for i in range(len(heads))]
+    nodes.append(helper.make_node("Concat", outputs, ["output"], axis=1))
     inputs = [
         helper.make_tensor_value_info(name, TensorProto.INT64, ["B", "T"])
         for name in ("input_ids", "attention_mask")
     ]
-    output = helper.make_tensor_value_info("output", TensorProto.FLOAT, ["B", len(bias)])
+    columns = sum(len(head.bias) for head in heads)
+    output = helper.make_tensor_value_info("output", TensorProto.FLOAT, ["B", columns])
     graph = helper.make_graph(nodes, "tiny", inputs, [output], initializers)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     onnx.checker.check_model(model)

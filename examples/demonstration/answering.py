@@ -11,7 +11,7 @@ from rich.text import Text
 
 from bestroute.v1 import routing_pb2 as pb
 from examples.demonstration.questions import Question
-from examples.demonstration.screens import arm_text, one_line, usd
+from examples.demonstration.screens import arm_text, one_line, predicted, usd
 from examples.demonstration.upstreams import STANDIN, STANDIN_LLM
 
 
@@ -109,9 +109,10 @@ def chosen(decision: pb.RouteResponse, who: Mapping[str, str]) -> Padding:
     arm, name = decision.arm, who[decision.arm.model]
     why = ""
     if decision.fallback_reason:
-        why = " (no arm reached the threshold)"
+        why = " (no arm qualified)"
     elif decision.HasField("timing"):
-        why = f" (p = {arm.match_probability:.2f})"
+        trading = decision.HasField("quality_per_usd")
+        why = f" ({'gain' if trading else 'p ='} {predicted(decision)})"
     line = Text.assemble("→ ", (arm_text(arm), "bold"), why)
     if name == STANDIN:
         line.append(f"   {STANDIN_LLM} answers in its place", "yellow")

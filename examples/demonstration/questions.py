@@ -112,5 +112,5 @@ def asks(pool: pb.ListArmsResponse) -> list[Ask]:
 
 def reachable_saving(pool: pb.ListArmsResponse) -> float:
     """A saving to ask for: half, or as much as the bundle was measured to reach."""
-    most = max(point.cost_saving for point in pool.calibration)
+    most = max(point.cost_saving for point in pool.trade_offs or pool.calibration)
     return max(0.0, min(0.5, int(100 * most) / 100))

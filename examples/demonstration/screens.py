@@ -50,9 +50,9 @@ def title(number: int, text: str) -> Rule:
 def introduction(prompts: int, generate: int, manifest: Manifest) -> Panel:
     """What is about to happen."""
     text = Text.from_markup(
-        "bestroute reads a prompt and picks the cheapest [bold]arm[/] (an LLM x how many answers "
-        "to draw) whose best answer is predicted to be as good as the [bold]reference[/] LLM's, "
-        f"here {manifest.reference_model}. This demo\n"
+        "bestroute reads a prompt and picks a cheaper [bold]arm[/] (an LLM x how many answers to "
+        "draw) where its best answer is predicted to be good enough beside the [bold]reference[/] "
+        f"LLM's, here {manifest.reference_model}. This demo\n"
     )
     parts = Table.grid(padding=(0, 2))
     for number, words in enumerate(
@@ -116,6 +116,46 @@ def arm_text(arm: pb.Arm) -> str:
     return f"{arm.model} x {arm.samples}"
 
 
+def predicted(decision: pb.RouteResponse) -> str:
+    """What was predicted of the arm chosen, by what it was chosen for."""
+    if decision.HasField("quality_per_usd"):
+        return f"{decision.arm.expected_gain:+.3f}"
+    return f"{decision.arm.match_probability:.2f}"
+
+
+def criterion(decision: pb.RouteResponse) -> str:
+    """The threshold or the rate that decided."""
+    if decision.HasField("quality_per_usd"):
+        return f"$1 = {decision.quality_per_usd:.3g}"
+    return f"p ≥ {decision.match_threshold:.2f}"
+
+
+def explanation(decision: pb.RouteResponse) -> str:
+    """How arms are chosen, in one line and with markup."""
+    reference = decision.reference.model
+    if decision.HasField("quality_per_usd"):
+        return (
+            f"the arm whose [bold]gain[/] (predicted quality less that of {reference}) and saving "
+            f"are worth most, where $1 is worth {decision.quality_per_usd:.3g} of quality and a "
+            "right answer 1; if none is worth more than 0, the reference."
+        )
+    return (
+        f"the cheapest arm with [bold]{criterion(decision)}[/], else the reference; [bold]p[/] is "
+        f"the predicted probability that the arm's best answer is as good as {reference}'s."
+    )
+
+
+def measurement(
+    pool: pb.ListArmsResponse, decision: pb.RouteResponse
+) -> pb.Point | pb.TradeOff | None:
+    """What the threshold or the rate of a decision was measured to give, if it was measured."""
+    if decision.HasField("quality_per_usd"):
+        trades = {each.quality_per_usd: each for each in pool.trade_offs}
+        return trades.get(decision.quality_per_usd)
+    points = {each.match_threshold: each for each in pool.calibration}
+    return points.get(decision.match_threshold)
+
+
 def saving(decision: pb.RouteResponse) -> float:
     """What a decision is estimated to save, as a fraction of the reference's cost."""
     return 1 - decision.arm.estimated_cost_usd / decision.reference.estimated_cost_usd
@@ -137,7 +177,8 @@ def routes_table(
     table = Table(box=ROUNDED, show_footer=True, expand=True)
     table.add_column("task and prompt", no_wrap=True, ratio=1, footer="all together")
     table.add_column("arm chosen", no_wrap=True)
-    table.add_column("p", justify="right", no_wrap=True)
+    trading = decisions[0].HasField("quality_per_usd")
+    table.add_column("gain" if trading else "p", justify="right", no_wrap=True)
     table.add_column("est. cost", justify="right", no_wrap=True, footer=usd(paid))
     if wide:
         table.add_column("reference", justify="right", no_wrap=True, footer=usd(reference))
@@ -149,7 +190,7 @@ def routes_table(
         row: list[Text | str] = [
             Text.assemble((question.task, "cyan"), "  ", one_line(question.text, 60)),
             "the reference" if is_reference else arm_text(decision.arm),
-            "" if is_reference else f"{decision.arm.match_probability:.2f}",
+            "" if is_reference else predicted(decision),
             usd(decision.arm.estimated_cost_usd),
         ]
         if wide:
@@ -162,21 +203,19 @@ def routes_table(
 def targets_table(
     pool: pb.ListArmsResponse, runs: Mapping[str, Sequence[pb.RouteResponse]]
 ) -> Table:
-    """The same prompts under different targets, beside what was measured for their thresholds."""
+    """The same prompts under different targets, beside what was measured of what they stand for."""
     table = Table(box=SIMPLE_HEAD, title="the same prompts, other targets", title_justify="left")
     table.add_column("target of the request")
-    for name in ("threshold", "to the\nreference", "to cheaper\narms", "of these\nn > 1"):
+    for name in ("decided\nby", "to the\nreference", "to cheaper\narms", "of these\nn > 1"):
         table.add_column(name, justify="right")
     for name in ("saved here,\nestimated", "measured:\nsaved", "quality\ndrop"):
         table.add_column(name, justify="right")
-    measured = {point.match_threshold: point for point in pool.calibration}
     for words, decisions in runs.items():
-        threshold = decisions[0].match_threshold
-        point = measured.get(threshold)
+        point = measurement(pool, decisions[0])
         cheaper = [d.arm for d in decisions if d.arm.model != d.reference.model]
         table.add_row(
             words,
-            f"{threshold:.2f}",
+            criterion(decisions[0]),
             str(len(decisions) - len(cheaper)),
             str(len(cheaper)),
             str(sum(arm.samples > 1 for arm in cheaper)),

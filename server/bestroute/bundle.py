@@ -4,9 +4,12 @@
     *.onnx            router and reward model, one file per precision
     tokenizer.json    the tokenizer both were trained with
 
-Networks take `input_ids` int64 [B, T] and `attention_mask` int64 [B, T]. The router gives
-calibrated match probabilities float32 [B, A], columns in the order of `Manifest.arms`; the reward
-model gives rewards float32 [B, 1]. Files are checked against their digests here; that the loaded
+Networks take `input_ids` int64 [B, T] and `attention_mask` int64 [B, T]. The router gives float32
+[B, A], calibrated match probabilities in the order of `Manifest.arms`. In a bundle with trade-offs
+it gives float32 [B, 2A + M]: after the A probabilities the A expected gains, which are the quality
+of the arm's answer less that of the reference's, in [-1, 1]; then the expected output tokens of one
+answer of each of the M models, in the order of `Manifest.models`. The reward model gives rewards
+float32 [B, 1]. Files are checked against their digests here; that the loaded
 networks give the manifest's golden outputs is checked by `bestroute.router`, which has the engine.
 """
 
@@ -26,6 +29,8 @@ DEFAULT_BUNDLE = Path(__file__).parent / "bundles" / "default"
 Probability = Annotated[float, Field(ge=0, le=1)]
 Usd = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Gain = Annotated[float, Field(ge=-1, le=1)]
+Tokens = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1)]
 Precision = Literal["fp32", "fp16", "int8"]
 
@@ -52,7 +57,7 @@ class Model(_Frozen):
     name: Name
     input_usd_per_mtok: Usd
     output_usd_per_mtok: Usd
-    mean_output_tokens: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    mean_output_tokens: Tokens
 
 
 class Arm(_Frozen):
@@ -88,27 +93,90 @@ class RewardNetwork(Network):
     escalate_reward: Finite | None = None
 
 
-class CurvePoint(_Frozen):
-    """What a threshold was measured to give; all as fractions (0.01 is one per cent).
+class Measured(_Frozen):
+    """What one setting of a decision rule was measured to give; fractions (0.01 is one per cent).
 
     Attributes:
-        match_threshold: t of the decision rule.
         cost_saving: 1 - cost of the routed answers / cost of the reference's.
         quality_drop: 1 - quality of the routed answers / quality of the reference's.
-        quality_drop_upper: upper bound of the drop, one-sided, 95 % confidence.
+        quality_drop_upper: upper bound of the drop, one-sided, 95 % confidence, for this setting
+            by itself; `bestroute.promise` says what may be promised of one chosen from a curve.
     """
 
-    match_threshold: Probability
     cost_saving: Finite
     quality_drop: Finite
     quality_drop_upper: Finite
 
 
+class CurvePoint(Measured):
+    """What a threshold was measured to give.
+
+    Attributes:
+        match_threshold: t of the decision rule.
+    """
+
+    match_threshold: Probability
+
+    @property
+    def strictness(self) -> float:
+        """Orders the points of a curve: the stricter, the more goes to the reference."""
+        return self.match_threshold
+
+
+class TradePoint(Measured):
+    """What an exchange rate between quality and money was measured to give.
+
+    Attributes:
+        quality_per_usd: the expected quality that one dollar is worth; see `policy.trade_off`.
+    """
+
+    quality_per_usd: Finite
+
+    @property
+    def strictness(self) -> float:
+        """Orders the points of a curve: the stricter, the more goes to the reference."""
+        return -self.quality_per_usd
+
+
+class TradeOffs(_Frozen):
+    """How a bundle trades quality against money.
+
+    Attributes:
+        curve: calibration table by rising rate. The first leaves (next to) all to the reference; it
+            is run where no other keeps what is asked.
+        default_quality_per_usd: used where a request sets no target; calibrated for a quality drop
+            of at most 1 %.
+    """
+
+    curve: Annotated[list[TradePoint], Field(min_length=1)]
+    default_quality_per_usd: Finite
+
+    @model_validator(mode="after")
+    def _rises(self) -> Self:
+        rates = [point.quality_per_usd for point in self.curve]
+        if rates != sorted(set(rates)):
+            raise ValueError("the curve's rates must rise")
+        return self
+
+
 class GoldenRoute(_Frozen):
-    """A prompt and the probabilities [A] that the router must give for it."""
+    """A prompt and what the router must give for it.
+
+    Attributes:
+        probabilities: of the A arms.
+        gains: of the A arms; set if and only if the bundle has trade-offs, like the next.
+        output_tokens: of the M models.
+    """
 
     prompt: Name
     probabilities: list[Probability]
+    gains: list[Gain] | None = None
+    output_tokens: list[Tokens] | None = None
+
+    @property
+    def row(self) -> list[float]:
+        """The router's output, column by column."""
+        return [*self.probabilities, *(self.gains or ()), *(self.output_tokens or ())]
 
 
 class GoldenReward(_Frozen):
@@ -123,7 +191,8 @@ class Golden(_Frozen):
     """Inputs with their expected outputs; a bundle that disagrees on this machine isn't served.
 
     Attributes:
-        tolerance: largest absolute difference that still counts as agreement.
+        tolerance: largest difference that still counts as agreement; relative to the expected
+            value where that is over 1 in tokens, absolute elsewhere.
     """
 
     tolerance: Annotated[float, Field(gt=0)]
@@ -139,9 +208,11 @@ class Manifest(_Frozen):
         reference_model: the LLM whose quality the arms have to match; answers where none does.
         models: the pool, the reference included.
         arms: the router's outputs, column by column; the reference is not among them.
-        default_match_threshold: used where a request sets no target; calibrated for a quality drop
-            of at most 1 %.
+        default_match_threshold: used where a request sets no target and there are no trade-offs;
+            calibrated for a quality drop of at most 1 %.
         curve: calibration table by rising threshold.
+        trade_offs: set where the router predicts gains and lengths too. Targets then stand for
+            exchange rates; only a threshold that a request sets itself is still one.
         metrics: figures measured when the bundle was made, by name.
         provenance: where it came from, by topic.
     """
@@ -157,6 +228,7 @@ class Manifest(_Frozen):
     tokenizer: File
     default_match_threshold: Probability
     curve: Annotated[list[CurvePoint], Field(min_length=1)]
+    trade_offs: TradeOffs | None = None
     metrics: dict[str, Finite]
     provenance: dict[str, str]
     golden: Golden
@@ -173,12 +245,31 @@ class Manifest(_Frozen):
             raise ValueError("an arm is listed twice")
         if any(arm.model == self.reference_model for arm in self.arms):
             raise ValueError("the reference model can't be an arm")
-        if any(len(golden.probabilities) != len(self.arms) for golden in self.golden.router):
-            raise ValueError(f"golden probabilities must have {len(self.arms)} values each")
+        for golden in self.golden.router:
+            self._check_lengths(golden)
         thresholds = [point.match_threshold for point in self.curve]
         if thresholds != sorted(set(thresholds)):
             raise ValueError("the curve's thresholds must rise")
         return self
+
+    def _check_lengths(self, golden: GoldenRoute) -> None:
+        trading = self.trade_offs is not None
+        expected = {
+            "probabilities": len(self.arms),
+            "gains": len(self.arms) if trading else None,
+            "output_tokens": len(self.models) if trading else None,
+        }
+        for field, length in expected.items():
+            values = getattr(golden, field)
+            if length is None and values is not None:
+                raise ValueError(f"golden {field} need trade_offs")
+            if length is not None and (values is None or len(values) != length):
+                raise ValueError(f"golden {field} must have {length} values each")
+
+    @property
+    def router_outputs(self) -> int:
+        """How many columns the router gives."""
+        return len(self.arms) if self.trade_offs is None else 2 * len(self.arms) + len(self.models)
 
     def model(self, name: str) -> Model:
         """The pool's model of that name; KeyError if there is none."""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -157,7 +158,7 @@ def route_response(
         request_id=request_id,
         arm=arm(decision.arm),
         reference=arm(decision.reference),
-        match_threshold=decision.match_threshold,
+        **asdict(decision.criterion),
         fallback_reason=_FALLBACKS[decision.fallback],
         prompt_tokens=routed.prompt_tokens,
         truncated=routed.truncated,
@@ -173,6 +174,8 @@ def arm(option: Option) -> pb.Arm:
         model=option.model,
         samples=option.samples,
         match_probability=option.match_probability,
+        expected_gain=option.expected_gain,
+        expected_output_tokens=option.expected_output_tokens,
         estimated_cost_usd=option.estimated_cost_usd,
     )
 

@@ -1,4 +1,4 @@
-"""From probabilities to a decision: targets, limits, prices and fallbacks. Pure."""
+"""From the router's row to a decision: targets, limits, prices and fallbacks. Pure."""
 
 import math
 from collections.abc import Mapping
@@ -11,15 +11,18 @@ import numpy.typing as npt
 from bestroute.bundle import Manifest
 from bestroute.config import instead
 from bestroute.errors import InvalidRequest
-from bestroute.policy import REFERENCE, choose, estimated_cost
+from bestroute.policy import REFERENCE, choose, estimated_cost, trade_off
 from bestroute.pricing import ModelPrice
+from bestroute.promise import least_loss, rate_for, threshold_for
+
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Policy:
     """What a caller asks of a decision; see `RoutingPolicy` in the proto for each field.
 
-    At most one of the three targets is set; None of them means the bundle's default threshold.
+    At most one of the three targets is set; None of them means the bundle's default.
     """
 
     match_threshold: float | None = None
@@ -33,16 +36,44 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """An arm for one prompt: its probability of matching the reference and its cost in USD."""
+    """An arm for one prompt, as far as it is known.
+
+    Attributes:
+        match_probability: that the best of its answers is as good as the reference's.
+        expected_gain: quality of its answer less that of the reference's; None where the bundle has
+            no trade-offs or the router did not run.
+        expected_output_tokens: of one answer.
+        estimated_cost_usd: of all samples.
+    """
 
     model: str
     samples: int
     match_probability: float
+    expected_gain: float | None
+    expected_output_tokens: float
     estimated_cost_usd: float
 
 
+@dataclass(frozen=True, slots=True)
+class Threshold:
+    """An arm has to match with at least this probability; the cheapest that does is taken."""
+
+    match_threshold: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """An arm's gain and saving, traded at this rate, have to be worth most and more than 0."""
+
+    quality_per_usd: float
+
+
+Criterion = Threshold | Rate
+"""By what an arm is chosen; each field is named as in the proto."""
+
+
 class Fallback(Enum):
-    """Why a decision is not the cheapest arm that reaches the threshold; named as in the proto."""
+    """Why a decision is not the best arm that meets the criterion; named as in the proto."""
 
     BELOW_THRESHOLD = auto()
     OVER_BUDGET = auto()
@@ -55,7 +86,7 @@ class Decision:
 
     arm: Option
     reference: Option
-    match_threshold: float
+    criterion: Criterion
     fallback: Fallback | None
     options: tuple[Option, ...]
 
@@ -70,13 +101,14 @@ class Rules:
 
     def __init__(self, manifest: Manifest, prices: Mapping[str, ModelPrice]) -> None:
         self._manifest = manifest
-        arms = manifest.arms
+        arms, names = manifest.arms, [model.name for model in manifest.models]
+        self._models = np.array([names.index(arm.model) for arm in arms], dtype=np.int64)
         self._samples = np.array([arm.samples for arm in arms], dtype=np.int64)
         self._prompts = np.array([prices[a.model].billing.prompts(a.samples) for a in arms])
         self._input_usd = np.array([prices[arm.model].input_usd_per_mtok for arm in arms])
         self._output_usd = np.array([prices[arm.model].output_usd_per_mtok for arm in arms])
-        self._output_tokens = np.array([manifest.model(a.model).mean_output_tokens for a in arms])
-        self._prices = prices
+        self._mean_output_tokens = np.array([m.mean_output_tokens for m in manifest.models])
+        self._names, self._prices = names, prices
 
     def check(self, policy: Policy) -> None:
         """Refuse a policy that can't be followed.
@@ -91,74 +123,76 @@ class Rules:
         limit = policy.max_cost_usd
         if limit is not None and not (0 < limit < math.inf):
             raise InvalidRequest("policy.max_cost_usd", f"must be a positive amount, got {limit}")
-        names = [model.name for model in self._manifest.models]
         for index, name in enumerate(policy.allowed_models or ()):
-            if name not in names:
+            if name not in self._names:
                 raise InvalidRequest(
                     f"policy.allowed_models[{index}]",
-                    f'there is no model "{name}"{instead(name, names)}',
+                    f'there is no model "{name}"{instead(name, self._names)}',
                 )
-        self.threshold(policy)
+        self.criterion(policy)
 
-    def threshold(self, policy: Policy) -> float:
-        """The threshold that the policy's target stands for, by the bundle's calibration curve.
+    def criterion(self, policy: Policy) -> Criterion:
+        """What the policy's target stands for, by the bundle's calibration curve.
 
         Raises:
-            InvalidRequest: no threshold was measured to save that much.
+            InvalidRequest: nothing was measured to save that much.
         """
+        manifest, trade_offs = self._manifest, self._manifest.trade_offs
         if policy.match_threshold is not None:
-            return policy.match_threshold
-        curve = self._manifest.curve
+            return Threshold(policy.match_threshold)
+        if trade_offs is None:
+            threshold = manifest.default_match_threshold
+            if policy.max_quality_drop is not None:
+                threshold = threshold_for(manifest.curve, policy.max_quality_drop)
+            elif policy.min_cost_saving is not None:
+                threshold = least_loss(manifest.curve, policy.min_cost_saving).match_threshold
+            return Threshold(threshold)
+        rate = trade_offs.default_quality_per_usd
         if policy.max_quality_drop is not None:
-            within = [p for p in curve if p.quality_drop_upper <= policy.max_quality_drop]
-            # Nothing measured to be that good: 1.0 leaves the reference, which drops nothing.
-            best = max(within, key=lambda point: point.cost_saving, default=None)
-            return best.match_threshold if best else 1.0
-        if policy.min_cost_saving is not None:
-            saving = [p for p in curve if p.cost_saving >= policy.min_cost_saving]
-            if not saving:
-                most = max(point.cost_saving for point in curve)
-                raise InvalidRequest(
-                    "policy.min_cost_saving",
-                    f"the most that this bundle was measured to save is {most:.3f}; "
-                    "ask for less, or set match_threshold",
-                )
-            return min(saving, key=lambda p: (p.quality_drop, -p.match_threshold)).match_threshold
-        return self._manifest.default_match_threshold
+            rate = rate_for(trade_offs.curve, policy.max_quality_drop)
+        elif policy.min_cost_saving is not None:
+            rate = least_loss(trade_offs.curve, policy.min_cost_saving).quality_per_usd
+        return Rate(rate)
 
-    def decide(
-        self, probabilities: npt.NDArray[np.float32], prompt_tokens: int, policy: Policy
-    ) -> Decision:
+    def decide(self, row: npt.NDArray[np.float32], prompt_tokens: int, policy: Policy) -> Decision:
         """Choose an arm.
 
         Args:
-            probabilities: float32 [A], calibrated, in the order of the manifest's arms.
+            row: the router's output for the prompt, float32 [A] or [2A + M]; see `bundle`.
             prompt_tokens: length of the prompt.
             policy: checked by `check`.
 
         Raises:
             InvalidRequest: every arm and the reference cost more than `max_cost_usd`.
         """
-        costs = self._costs(prompt_tokens, policy.expected_output_tokens)
-        options = tuple(self._options(probabilities, costs))
-        reference = self._reference(prompt_tokens, policy.expected_output_tokens)
+        count = len(self._samples)
+        # Without trade-offs there are no columns of the latter two.
+        probabilities, gains, predicted = np.split(row.astype(np.float64), [count, 2 * count])
+        tokens = self._output_tokens(policy, predicted if predicted.size else None)
+        costs = self._costs(prompt_tokens, tokens)
+        options = tuple(self._options(probabilities, gains if gains.size else None, tokens, costs))
+        reference = self._reference(prompt_tokens, tokens, 0.0 if gains.size else None)
         allowed = self._allowed(policy, costs)
-        threshold = self.threshold(policy)
-        best = int(choose(probabilities, costs, threshold, allowed))
+        criterion = self.criterion(policy)
+        if isinstance(criterion, Threshold):
+            merits = probabilities
+            best = int(choose(probabilities, costs, criterion.match_threshold, allowed))
+        else:
+            merits, paid = gains, reference.estimated_cost_usd
+            best = int(trade_off(gains, costs, paid, criterion.quality_per_usd, allowed))
         if best != REFERENCE:
-            return Decision(options[best], reference, threshold, None, options)
-        fallback = Decision(reference, reference, threshold, Fallback.BELOW_THRESHOLD, options)
+            return Decision(options[best], reference, criterion, None, options)
+        fallback = Decision(reference, reference, criterion, Fallback.BELOW_THRESHOLD, options)
         if policy.max_cost_usd is None or reference.estimated_cost_usd <= policy.max_cost_usd:
             return fallback
-        affordable = [option for option, may in zip(options, allowed, strict=True) if may]
-        if not affordable:
+        if not allowed.any():
             raise InvalidRequest(
                 "policy.max_cost_usd",
                 f"no allowed arm costs so little for this prompt; the cheapest of all is estimated "
                 f"at {costs.min():.8f} USD",
             )
-        likeliest = max(affordable, key=lambda option: option.match_probability)
-        return replace(fallback, arm=likeliest, fallback=Fallback.OVER_BUDGET)
+        promising = options[int(np.where(allowed, merits, -np.inf).argmax())]
+        return replace(fallback, arm=promising, fallback=Fallback.OVER_BUDGET)
 
     def fixed(self, model: str, samples: int, prompt_tokens: int, policy: Policy) -> Decision:
         """The caller's own choice as a decision; its probability is unknown and given as 0.
@@ -166,35 +200,40 @@ class Rules:
         Raises:
             InvalidRequest: the pool has no such model.
         """
-        names = [each.name for each in self._manifest.models]
-        if model not in names:
-            raise InvalidRequest("arm.model", f'there is no model "{model}"{instead(model, names)}')
-        reference = self._reference(prompt_tokens, policy.expected_output_tokens)
-        cost = self._cost(model, samples, prompt_tokens, policy.expected_output_tokens)
+        if model not in self._names:
+            raise InvalidRequest(
+                "arm.model", f'there is no model "{model}"{instead(model, self._names)}'
+            )
+        tokens = self._output_tokens(policy)
+        reference = self._reference(prompt_tokens, tokens)
         probability = 1.0 if model == reference.model else 0.0
-        arm = Option(model, samples, probability, cost)
-        return Decision(arm, reference, self.threshold(policy), None, ())
+        arm = self._option(model, samples, probability, None, prompt_tokens, tokens)
+        return Decision(arm, reference, self.criterion(policy), None, ())
 
     def without_router(self, prompt_tokens: int, policy: Policy) -> Decision:
         """What to run when the router model has failed: the reference."""
-        reference = self._reference(prompt_tokens, policy.expected_output_tokens)
-        return Decision(reference, reference, self.threshold(policy), Fallback.ROUTER_FAILED, ())
+        reference = self._reference(prompt_tokens, self._output_tokens(policy))
+        return Decision(reference, reference, self.criterion(policy), Fallback.ROUTER_FAILED, ())
 
     def arms(self) -> list[Option]:
-        """Every arm, priced for an empty prompt, with no probability (0)."""
-        return self._options(np.zeros(len(self._samples), dtype=np.float32), self._costs(0, None))
+        """Every arm, priced for an empty prompt, with no probability (0) and no gain."""
+        tokens = self._mean_output_tokens
+        return self._options(np.zeros(len(self._samples)), None, tokens, self._costs(0, tokens))
 
     def _options(
-        self, probabilities: npt.NDArray[np.float32], costs: npt.NDArray[np.float64]
+        self, probabilities: Floats, gains: Floats | None, output_tokens: Floats, costs: Floats
     ) -> list[Option]:
-        return [
-            Option(arm.model, arm.samples, p, cost)
-            for arm, p, cost in zip(
-                self._manifest.arms, probabilities.tolist(), costs.tolist(), strict=True
-            )
-        ]
+        unknown: list[None] = [None] * len(costs)
+        columns = (
+            probabilities.tolist(),
+            unknown if gains is None else gains.tolist(),
+            output_tokens[self._models].tolist(),
+            costs.tolist(),
+        )
+        arms = zip(self._manifest.arms, *columns, strict=True)
+        return [Option(arm.model, arm.samples, *values) for arm, *values in arms]
 
-    def _allowed(self, policy: Policy, costs: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+    def _allowed(self, policy: Policy, costs: Floats) -> npt.NDArray[np.bool_]:
         allowed = np.ones(len(costs), dtype=bool)
         if policy.allowed_models is not None:
             names = set(policy.allowed_models)
@@ -205,34 +244,46 @@ class Rules:
             allowed &= costs <= policy.max_cost_usd
         return allowed
 
-    def _costs(
-        self, prompt_tokens: int, expected_output_tokens: int | None
-    ) -> npt.NDArray[np.float64]:
+    def _costs(self, prompt_tokens: int, output_tokens: Floats) -> Floats:
+        """Of every arm, USD [A]; output tokens per model, [M]."""
         return estimated_cost(
             samples=self._samples,
             input_tokens=prompt_tokens,
-            output_tokens=expected_output_tokens or self._output_tokens,
+            output_tokens=output_tokens[self._models],
             input_usd_per_mtok=self._input_usd,
             output_usd_per_mtok=self._output_usd,
             prompts_billed=self._prompts,
         )
 
-    def _reference(self, prompt_tokens: int, expected_output_tokens: int | None) -> Option:
-        name = self._manifest.reference_model
-        return Option(name, 1, 1.0, self._cost(name, 1, prompt_tokens, expected_output_tokens))
+    def _output_tokens(self, policy: Policy, predicted: Floats | None = None) -> Floats:
+        """What one answer of each model is expected to have, [M]; the caller knows best."""
+        if policy.expected_output_tokens:
+            return np.full(len(self._names), float(policy.expected_output_tokens))
+        return self._mean_output_tokens if predicted is None else predicted
 
-    def _cost(
-        self, model: str, samples: int, prompt_tokens: int, expected_output_tokens: int | None
-    ) -> float:
-        price = self._prices[model]
-        return float(
-            estimated_cost(
-                samples=samples,
-                input_tokens=prompt_tokens,
-                output_tokens=expected_output_tokens
-                or self._manifest.model(model).mean_output_tokens,
-                input_usd_per_mtok=price.input_usd_per_mtok,
-                output_usd_per_mtok=price.output_usd_per_mtok,
-                prompts_billed=price.billing.prompts(samples),
-            )
+    def _reference(
+        self, prompt_tokens: int, output_tokens: Floats, gain: float | None = None
+    ) -> Option:
+        name = self._manifest.reference_model
+        return self._option(name, 1, 1.0, gain, prompt_tokens, output_tokens)
+
+    def _option(
+        self,
+        model: str,
+        samples: int,
+        probability: float,
+        gain: float | None,
+        prompt_tokens: int,
+        output_tokens: Floats,
+    ) -> Option:
+        """Any number of samples of any model of the pool, priced."""
+        price, tokens = self._prices[model], float(output_tokens[self._names.index(model)])
+        cost = estimated_cost(
+            samples=samples,
+            input_tokens=prompt_tokens,
+            output_tokens=tokens,
+            input_usd_per_mtok=price.input_usd_per_mtok,
+            output_usd_per_mtok=price.output_usd_per_mtok,
+            prompts_billed=price.billing.prompts(samples),
         )
+        return Option(model, samples, probability, gain, tokens, float(cost))

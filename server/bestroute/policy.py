@@ -1,6 +1,7 @@
-"""Which arm to run: the decision rule of BEST-Route as pure functions.
+"""Which arm to run, as pure functions: BEST-Route's rule, and the trade of quality against money.
 
-Training, evaluation and serving all call these, so that a threshold means the same everywhere.
+Training, evaluation and serving all call these, so that a threshold or a rate means the same
+everywhere.
 """
 
 from enum import Enum
@@ -9,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 REFERENCE = -1
-"""Index that `choose` gives where no arm qualifies and the reference LLM answers."""
+"""Index that stands for the reference LLM, which answers where no arm qualifies."""
 
 
 class InputBilling(Enum):
@@ -83,4 +84,42 @@ def choose(
     cheapest = np.where(qualifies, c, np.inf)
     tied = qualifies & (cheapest == cheapest.min(axis=-1, keepdims=True))
     best = np.where(tied, p, -np.inf).argmax(axis=-1)
+    return np.where(qualifies.any(axis=-1), best, REFERENCE).astype(np.int64)
+
+
+def trade_off(
+    gains: npt.ArrayLike,
+    costs: npt.ArrayLike,
+    reference_costs: npt.ArrayLike,
+    quality_per_usd: npt.ArrayLike,
+    allowed: npt.ArrayLike = True,
+) -> npt.NDArray[np.int64]:
+    """For each prompt the allowed arm whose gain and saving are together worth most.
+
+    An arm is worth gain + quality_per_usd * (reference cost - cost). The one worth most is taken if
+    that is more than 0, which is what the reference is worth; else `REFERENCE`. An arm that costs
+    at least as much as the reference never qualifies, so routing never spends more. Equal worth
+    goes to the cheaper arm, then to the first. The higher the rate, the more is saved.
+
+    Args:
+        gains: float [..., A], the expected quality of each arm's answer less that of the
+            reference's. An arm whose gain or cost is NaN never qualifies.
+        costs: float [..., A], estimated USD per arm.
+        reference_costs: float [...], estimated USD of the reference's answer.
+        quality_per_usd: finite, float [...], the quality that one dollar is worth. Below 0 it is
+            the gain that each dollar saved has to bring; the lower, the more goes to the reference.
+        allowed: bool, broadcast to [..., A]; False takes an arm out.
+
+    Returns:
+        int64 [...], an arm's index or `REFERENCE`; the arguments broadcast against each other.
+    """
+    g, c = np.asarray(gains, dtype=np.float64), np.asarray(costs, dtype=np.float64)
+    saved = np.asarray(reference_costs, dtype=np.float64)[..., None] - c
+    worth = g + np.asarray(quality_per_usd, dtype=np.float64)[..., None] * saved
+    qualifies = (worth > 0) & (saved > 0) & np.asarray(allowed, dtype=bool)
+    if worth.shape[-1] == 0:
+        return np.full(worth.shape[:-1], REFERENCE, dtype=np.int64)
+    most = np.where(qualifies, worth, -np.inf)
+    tied = qualifies & (most == most.max(axis=-1, keepdims=True))
+    best = np.where(tied, c, np.inf).argmin(axis=-1)
     return np.where(qualifies.any(axis=-1), best, REFERENCE).astype(np.int64)

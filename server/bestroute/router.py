@@ -227,16 +227,25 @@ def check_golden(manifest: Manifest, router_model: TextModel, reward_model: Text
     """Compare the networks with the manifest's golden outputs.
 
     Returns:
-        The largest absolute deviation.
+        The largest deviation; of expected tokens relative to them, else absolute.
 
     Raises:
-        BundleInvalid: it is over the manifest's tolerance.
+        BundleInvalid: it is over the manifest's tolerance, or the router has other columns than the
+            manifest.
     """
     golden = manifest.golden
     deviations = [0.0]
     for route in golden.router:
         row = router_model.read_now(router_model.tokenizer.prompt(route.prompt))
-        deviations.append(float(np.abs(row - route.probabilities).max()))
+        if row.shape != (manifest.router_outputs,):
+            raise BundleInvalid(
+                f"bundle {manifest.name} {manifest.version}: the router gives {row.size} columns, "
+                f"but the manifest's arms, models and trade_offs call for "
+                f"{manifest.router_outputs}; export the bundle again"
+            )
+        expected = np.array(route.row)
+        # Probabilities and gains are at most 1, so that only tokens are compared relatively.
+        deviations.append(float((np.abs(row - expected) / np.maximum(1, np.abs(expected))).max()))
     for each in golden.reward:
         encoded = reward_model.tokenizer.pair(each.prompt, each.response)
         (reward,) = reward_model.read_now(encoded)
@@ -255,7 +264,7 @@ async def verify(bundle: Bundle, engine: EngineSettings) -> float:
     """Load a bundle's networks on an engine and compare them with the golden outputs.
 
     Returns:
-        The largest absolute deviation.
+        The largest deviation; see `check_golden`.
 
     Raises:
         BundleInvalid: they can't be loaded, or disagree.

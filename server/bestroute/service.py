@@ -147,6 +147,7 @@ class RoutingService:
         """List the pool, its prices and its calibration."""
         self._admit()
         manifest, prices = self._router.manifest, self._router.prices
+        trade_offs = manifest.trade_offs
         return pb.ListArmsResponse(
             bundle_version=manifest.version,
             reference_model=manifest.reference_model,
@@ -161,6 +162,10 @@ class RoutingService:
             ],
             arms=convert.arms(self._router.rules.arms()),
             calibration=[pb.Point(**point.model_dump()) for point in manifest.curve],
+            trade_offs=[pb.TradeOff(**p.model_dump()) for p in trade_offs.curve]
+            if trade_offs
+            else (),
+            default_quality_per_usd=trade_offs.default_quality_per_usd if trade_offs else None,
         )
 
     async def _stream_answer(

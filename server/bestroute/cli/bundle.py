@@ -10,11 +10,14 @@ from bestroute.cli.terminal import complain, console, facts, percent, table
 from bestroute.errors import BundleInvalid
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.console import RenderableType
     from rich.table import Table
 
-    from bestroute.bundle import CurvePoint, Manifest
+    from bestroute.bundle import Manifest
     from bestroute.cli.arguments import Commands
+    from bestroute.promise import Point
 
 _CURVE_ROWS = 12
 _BAR = 30
@@ -37,8 +40,8 @@ def add(commands: "Commands") -> None:
         "show",
         help="print what it holds",
         **described(
-            "Print a bundle's models and prices, its arms, what thresholds were measured "
-            "to give, and where it came from.",
+            "Print a bundle's models and prices, its arms, what its targets were measured to give "
+            "(by exchange rate or by match threshold), and where it came from.",
             "bestroute bundle show",
             "bestroute bundle show ./my-bundle --json | jq .arms",
         ),
@@ -161,29 +164,53 @@ def _networks(manifest: "Manifest") -> "Table":
 
 
 def _curve(manifest: "Manifest") -> "Table":
-    """The calibration table, thinned out to what can be read at a glance, savings as bars."""
-    drawn = table("threshold", "saving", "quality drop", "at most (95 %)")
+    """The calibration of the rule that answers where no match threshold is asked for."""
+    trade_offs = manifest.trade_offs
+    if trade_offs is None:
+        threshold = manifest.default_match_threshold
+        return _drawn("threshold", ".3f", manifest.curve, lambda p: p.match_threshold, threshold)
+    rate = trade_offs.default_quality_per_usd
+    return _drawn("quality per USD", ".4g", trade_offs.curve, lambda p: p.quality_per_usd, rate)
+
+
+def _drawn(
+    name: str,
+    digits: str,
+    curve: "list[Point]",
+    setting: "Callable[[Point], float]",
+    default: float,
+) -> "Table":
+    """A calibration table, thinned out to what can be read at a glance, savings as bars."""
+    from bestroute.promise import least_promise, promises
+
+    promised = {setting(promise.point): promise.quality_drop for promise in promises(curve)}
+    drawn = table(name, "saving", "quality drop", "promised (95 %)")
     drawn.add_column()
-    for point in _thinned(manifest.curve, manifest.default_match_threshold):
-        default = point.match_threshold == manifest.default_match_threshold
+    for point in _thinned(curve, setting, default):
+        is_default = setting(point) == default
         drawn.add_row(
-            f"{point.match_threshold:.3f}{' *' if default else ''}",
+            f"{setting(point):{digits}}{' *' if is_default else ''}",
             percent(point.cost_saving),
             percent(point.quality_drop),
-            percent(point.quality_drop_upper),
+            percent(promised[setting(point)]),
             "█" * round(_BAR * min(max(point.cost_saving, 0.0), 1.0)),
-            style="bold" if default else None,
+            style="bold" if is_default else None,
         )
-    drawn.caption = f"* default threshold: {manifest.default_match_threshold:g}"
+    drawn.caption = f"* default {name}: {default:g}"
+    if least := least_promise(curve):
+        drawn.caption += (
+            f"\nsmallest drop promised: {percent(least.quality_drop)}, "
+            f"saving {percent(least.point.cost_saving)} at {setting(least.point):{digits}}"
+        )
     return drawn
 
 
-def _thinned(curve: "list[CurvePoint]", threshold: float) -> "list[CurvePoint]":
-    """Points spread evenly over the curve, with its ends and the one at the threshold."""
+def _thinned(
+    curve: "list[Point]", setting: "Callable[[Point], float]", default: float
+) -> "list[Point]":
+    """Points spread evenly over the curve, with its ends and the one at the default."""
     last = len(curve) - 1
     kept = {round(i * last / (_CURVE_ROWS - 1)) for i in range(_CURVE_ROWS)}
     return [
-        point
-        for index, point in enumerate(curve)
-        if index in kept or point.match_threshold == threshold
+        point for index, point in enumerate(curve) if index in kept or setting(point) == default
     ]

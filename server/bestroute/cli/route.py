@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _REASONS = {
     pb.FALLBACK_REASON_BELOW_THRESHOLD: "no allowed arm reached the threshold",
     pb.FALLBACK_REASON_OVER_BUDGET: "the reference is over the highest cost; "
-    "this is the most probable arm within it",
+    "this is the most promising arm within it",
     pb.FALLBACK_REASON_ROUTER_FAILED: "the router model failed; the server's log has the reason",
 }
 
@@ -80,7 +80,10 @@ def headline(arm: pb.Arm) -> str:
 
 
 def reason(decision: pb.RouteResponse) -> str:
-    """Why it is not the cheapest arm that reaches the threshold; empty where it is."""
+    """Why it is not the best arm that qualifies; empty where it is."""
+    below = decision.fallback_reason == pb.FALLBACK_REASON_BELOW_THRESHOLD
+    if below and decision.HasField("quality_per_usd"):
+        return "no allowed arm is worth more than the reference"
     return _REASONS.get(decision.fallback_reason, "")
 
 
@@ -99,12 +102,9 @@ def _show(decision: pb.RouteResponse) -> None:
     out.print(headline(decision.arm), style="bold")
     rows = [
         ("why", reason(decision)),
-        (
-            "probability",
-            f"{decision.arm.match_probability:.3f} to match {decision.reference.model}; "
-            f"threshold {decision.match_threshold:.3f}",
-        ),
+        _criterion(decision),
         ("cost", cost(decision)),
+        ("answer", f"about {count(round(decision.arm.expected_output_tokens), 'token')}"),
         (
             "prompt",
             count(decision.prompt_tokens, "token") + (", cut" if decision.truncated else ""),
@@ -118,6 +118,18 @@ def _show(decision: pb.RouteResponse) -> None:
         out.print(_arms(decision))
 
 
+def _criterion(decision: pb.RouteResponse) -> tuple[str, str]:
+    """By what it was chosen."""
+    arm, reference = decision.arm, decision.reference.model
+    if not decision.HasField("quality_per_usd"):
+        probability = f"{arm.match_probability:.3f} to match {reference}"
+        return "probability", f"{probability}; threshold {decision.match_threshold:.3f}"
+    rate = f"one dollar is worth {decision.quality_per_usd:g} of quality"
+    if not arm.HasField("expected_gain") or arm.model == reference:
+        return "trade-off", rate
+    return "gain", f"{arm.expected_gain:+.3f} expected against {reference}; {rate}"
+
+
 def _time(timing: pb.Timing) -> str:
     stages = {"tokenize": timing.tokenize, "queue": timing.queue, "inference": timing.inference}
     parts = [
@@ -128,8 +140,10 @@ def _time(timing: pb.Timing) -> str:
 
 
 def _arms(decision: pb.RouteResponse) -> "Table":
-    """Every arm and the reference, cheapest first: the chosen one is the first that qualifies."""
-    listed = table("arm", "samples", "probability", "cost", "saved", "")
+    """Every arm and the reference, cheapest first; by threshold the first that qualifies."""
+    trading = decision.reference.HasField("expected_gain")
+    gain = ("gain",) if trading else ()
+    listed = table("arm", "samples", "probability", *gain, "tokens", "cost", "saved", "")
     reference = decision.reference
     for arm in sorted([*decision.arms, reference], key=lambda arm: arm.estimated_cost_usd):
         chosen = (arm.model, arm.samples) == (decision.arm.model, decision.arm.samples)
@@ -138,6 +152,8 @@ def _arms(decision: pb.RouteResponse) -> "Table":
             arm.model,
             str(arm.samples),
             f"{arm.match_probability:.3f}",
+            *((f"{arm.expected_gain:+.3f}",) if trading else ()),
+            f"{arm.expected_output_tokens:.0f}",
             usd(arm.estimated_cost_usd),
             percent(saving),
             "chosen" if chosen else "reference" if arm == reference else "",

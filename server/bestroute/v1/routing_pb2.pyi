@@ -36,10 +36,12 @@ class _FallbackReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper.
     FALLBACK_REASON_UNSPECIFIED: _FallbackReason.ValueType  # 0
     """It is that arm: nothing fell back."""
     FALLBACK_REASON_BELOW_THRESHOLD: _FallbackReason.ValueType  # 1
-    """No allowed arm reached the threshold; the reference answers."""
+    """No allowed arm reached the threshold or, in a trade-off, was worth more than the reference; the
+    reference answers.
+    """
     FALLBACK_REASON_OVER_BUDGET: _FallbackReason.ValueType  # 2
-    """No allowed arm reached the threshold and the reference costs more than max_cost_usd; the most
-    probable arm within the limit answers.
+    """As before, and the reference costs more than max_cost_usd; of the arms within the limit the most
+    probable one answers, or in a trade-off the one of the highest expected gain.
     """
     FALLBACK_REASON_ROUTER_FAILED: _FallbackReason.ValueType  # 3
     """The router model failed; the reference answers."""
@@ -47,15 +49,19 @@ class _FallbackReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper.
     """The service could not be reached; set by the client library, with the caller's own fallback."""
 
 class FallbackReason(_FallbackReason, metaclass=_FallbackReasonEnumTypeWrapper):
-    """Why a decision is not the cheapest arm that reaches the threshold."""
+    """Why a decision is not the cheapest arm that reaches the threshold or, in a trade-off, the arm that
+    is worth most.
+    """
 
 FALLBACK_REASON_UNSPECIFIED: FallbackReason.ValueType  # 0
 """It is that arm: nothing fell back."""
 FALLBACK_REASON_BELOW_THRESHOLD: FallbackReason.ValueType  # 1
-"""No allowed arm reached the threshold; the reference answers."""
+"""No allowed arm reached the threshold or, in a trade-off, was worth more than the reference; the
+reference answers.
+"""
 FALLBACK_REASON_OVER_BUDGET: FallbackReason.ValueType  # 2
-"""No allowed arm reached the threshold and the reference costs more than max_cost_usd; the most
-probable arm within the limit answers.
+"""As before, and the reference costs more than max_cost_usd; of the arms within the limit the most
+probable one answers, or in a trade-off the one of the highest expected gain.
 """
 FALLBACK_REASON_ROUTER_FAILED: FallbackReason.ValueType  # 3
 """The router model failed; the reference answers."""
@@ -121,23 +127,29 @@ class RoutingPolicy(google.protobuf.message.Message):
     MAX_COST_USD_FIELD_NUMBER: builtins.int
     EXPECTED_OUTPUT_TOKENS_FIELD_NUMBER: builtins.int
     match_threshold: builtins.float
-    """Take the cheapest arm whose match probability is at least this, in [0, 1]."""
+    """Take the cheapest arm whose match probability is at least this, in [0, 1]; by any bundle."""
     max_quality_drop: builtins.float
     """Save as much as possible while the quality drop measured on the bundle's validation data
-    stays within this fraction (its upper bound at 95 % confidence), in [0, 1].
+    stays within this fraction (its upper bound at 95 % confidence), in [0, 1]. Where nothing
+    measured does, the strictest threshold or rate is taken, which leaves (next to) everything to
+    the reference.
     """
     min_cost_saving: builtins.float
     """Lose as little quality as possible while saving at least this fraction of the reference's
-    cost as measured on the bundle's validation data, in [0, 1].
+    cost as measured on the bundle's validation data, in [0, 1]. More than any threshold or rate
+    was measured to save is refused.
     """
     max_samples: builtins.int
     """Largest number of samples; 0 sets no limit."""
     max_cost_usd: builtins.float
     """Highest estimated cost of the request in USD; 0 sets no limit. It binds the reference too: where
-    the reference is over it and no arm qualifies, the most probable arm within it is taken.
+    the reference is over it and no arm qualifies, the most probable arm within it is taken, or in a
+    trade-off the one of the highest expected gain.
     """
     expected_output_tokens: builtins.int
-    """How many tokens the answer is expected to have; 0 takes each model's mean."""
+    """How many tokens the answer is expected to have; 0 takes what the bundle predicts for the prompt
+    and each model, or each model's mean where it predicts none.
+    """
     @property
     def allowed_models(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Models whose arms may be chosen, by the names ListArms gives; empty allows all. The reference
@@ -181,7 +193,7 @@ class RouteRequest(google.protobuf.message.Message):
     prompt: builtins.str
     """A single user turn."""
     explain: builtins.bool
-    """Whether the response should list every arm with its probability and cost."""
+    """Whether the response should list every arm with what is predicted of it and its cost."""
     @property
     def messages(self) -> Global___Messages:
         """A conversation."""
@@ -219,6 +231,8 @@ class Arm(google.protobuf.message.Message):
     SAMPLES_FIELD_NUMBER: builtins.int
     MATCH_PROBABILITY_FIELD_NUMBER: builtins.int
     ESTIMATED_COST_USD_FIELD_NUMBER: builtins.int
+    EXPECTED_GAIN_FIELD_NUMBER: builtins.int
+    EXPECTED_OUTPUT_TOKENS_FIELD_NUMBER: builtins.int
     model: builtins.str
     """The model's name in the bundle."""
     samples: builtins.int
@@ -229,6 +243,13 @@ class Arm(google.protobuf.message.Message):
     """
     estimated_cost_usd: builtins.float
     """Estimated cost of all samples in USD; in ListArms for a prompt of 0 tokens."""
+    expected_gain: builtins.float
+    """Predicted quality of the arm's answer less that of the reference's, in [-1, 1]; above 0 where
+    the arm is expected to be better, 0 for the reference itself. Unset where the bundle has no
+    trade-offs, or the router model did not run.
+    """
+    expected_output_tokens: builtins.float
+    """Tokens that one answer is expected to have, as the cost is estimated from them."""
     def __init__(
         self,
         *,
@@ -236,9 +257,16 @@ class Arm(google.protobuf.message.Message):
         samples: builtins.int = ...,
         match_probability: builtins.float = ...,
         estimated_cost_usd: builtins.float = ...,
+        expected_gain: builtins.float | None = ...,
+        expected_output_tokens: builtins.float = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["estimated_cost_usd", b"estimated_cost_usd", "match_probability", b"match_probability", "model", b"model", "samples", b"samples"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_expected_gain", b"_expected_gain", "expected_gain", b"expected_gain"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_expected_gain", b"_expected_gain", "estimated_cost_usd", b"estimated_cost_usd", "expected_gain", b"expected_gain", "expected_output_tokens", b"expected_output_tokens", "match_probability", b"match_probability", "model", b"model", "samples", b"samples"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__expected_gain: typing_extensions.TypeAlias = typing.Literal["expected_gain"]
+    _WhichOneofArgType__expected_gain: typing_extensions.TypeAlias = typing.Literal["_expected_gain", b"_expected_gain"]
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_gain) -> _WhichOneofReturnType__expected_gain | None: ...
 
 Global___Arm: typing_extensions.TypeAlias = Arm
 
@@ -297,18 +325,26 @@ class RouteResponse(google.protobuf.message.Message):
     BUNDLE_VERSION_FIELD_NUMBER: builtins.int
     TIMING_FIELD_NUMBER: builtins.int
     ARMS_FIELD_NUMBER: builtins.int
+    QUALITY_PER_USD_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """The request's id."""
     match_threshold: builtins.float
-    """The threshold that the decision used."""
+    """The threshold that the decision used; 0 where it was a trade-off."""
     fallback_reason: Global___FallbackReason.ValueType
-    """Set where the arm is not one that reached the threshold."""
+    """Set where the arm is not one that qualified."""
     prompt_tokens: builtins.int
     """Length of the prompt by the router's tokenizer, before any cut."""
     truncated: builtins.bool
     """Whether the prompt was longer than the router reads; it then read its head and tail."""
     bundle_version: builtins.str
     """The bundle that decided."""
+    quality_per_usd: builtins.float
+    """Set where the decision was a trade-off: the quality that one dollar was worth in it. Unless
+    fallback_reason says otherwise, the arm is the one for which expected_gain + quality_per_usd *
+    (the reference's cost - its cost) is largest and above 0, among those that cost less than the
+    reference. Below 0, it is the gain that each dollar saved had to bring. Where the router model
+    did not run, it is what would have been traded at.
+    """
     @property
     def arm(self) -> Global___Arm:
         """What to run."""
@@ -338,11 +374,15 @@ class RouteResponse(google.protobuf.message.Message):
         bundle_version: builtins.str = ...,
         timing: Global___Timing | None = ...,
         arms: collections.abc.Iterable[Global___Arm] | None = ...,
+        quality_per_usd: builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["arm", b"arm", "reference", b"reference", "timing", b"timing"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_quality_per_usd", b"_quality_per_usd", "arm", b"arm", "quality_per_usd", b"quality_per_usd", "reference", b"reference", "timing", b"timing"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["arm", b"arm", "arms", b"arms", "bundle_version", b"bundle_version", "fallback_reason", b"fallback_reason", "match_threshold", b"match_threshold", "prompt_tokens", b"prompt_tokens", "reference", b"reference", "request_id", b"request_id", "timing", b"timing", "truncated", b"truncated"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_quality_per_usd", b"_quality_per_usd", "arm", b"arm", "arms", b"arms", "bundle_version", b"bundle_version", "fallback_reason", b"fallback_reason", "match_threshold", b"match_threshold", "prompt_tokens", b"prompt_tokens", "quality_per_usd", b"quality_per_usd", "reference", b"reference", "request_id", b"request_id", "timing", b"timing", "truncated", b"truncated"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__quality_per_usd: typing_extensions.TypeAlias = typing.Literal["quality_per_usd"]
+    _WhichOneofArgType__quality_per_usd: typing_extensions.TypeAlias = typing.Literal["_quality_per_usd", b"_quality_per_usd"]
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__quality_per_usd) -> _WhichOneofReturnType__quality_per_usd | None: ...
 
 Global___RouteResponse: typing_extensions.TypeAlias = RouteResponse
 
@@ -912,6 +952,39 @@ class Point(google.protobuf.message.Message):
 Global___Point: typing_extensions.TypeAlias = Point
 
 @typing.final
+class TradeOff(google.protobuf.message.Message):
+    """What an exchange rate between quality and money was measured to give on the bundle's validation
+    data.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    QUALITY_PER_USD_FIELD_NUMBER: builtins.int
+    COST_SAVING_FIELD_NUMBER: builtins.int
+    QUALITY_DROP_FIELD_NUMBER: builtins.int
+    QUALITY_DROP_UPPER_FIELD_NUMBER: builtins.int
+    quality_per_usd: builtins.float
+    """The rate: the quality that one dollar is worth."""
+    cost_saving: builtins.float
+    """Fraction of the reference's cost saved."""
+    quality_drop: builtins.float
+    """Fraction of the reference's quality lost; negative where routing was better."""
+    quality_drop_upper: builtins.float
+    """Upper bound of the loss, one-sided, at 95 % confidence."""
+    def __init__(
+        self,
+        *,
+        quality_per_usd: builtins.float = ...,
+        cost_saving: builtins.float = ...,
+        quality_drop: builtins.float = ...,
+        quality_drop_upper: builtins.float = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["cost_saving", b"cost_saving", "quality_drop", b"quality_drop", "quality_drop_upper", b"quality_drop_upper", "quality_per_usd", b"quality_per_usd"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___TradeOff: typing_extensions.TypeAlias = TradeOff
+
+@typing.final
 class ListArmsResponse(google.protobuf.message.Message):
     """The pool."""
 
@@ -922,10 +995,14 @@ class ListArmsResponse(google.protobuf.message.Message):
     MODELS_FIELD_NUMBER: builtins.int
     ARMS_FIELD_NUMBER: builtins.int
     CALIBRATION_FIELD_NUMBER: builtins.int
+    TRADE_OFFS_FIELD_NUMBER: builtins.int
+    DEFAULT_QUALITY_PER_USD_FIELD_NUMBER: builtins.int
     bundle_version: builtins.str
     """The bundle that is served."""
     reference_model: builtins.str
     """The LLM whose quality the arms have to match."""
+    default_quality_per_usd: builtins.float
+    """The rate where a request sets no target; unset where the bundle makes no trade-offs."""
     @property
     def models(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Model]:
         """Every model, the reference included."""
@@ -938,6 +1015,10 @@ class ListArmsResponse(google.protobuf.message.Message):
     def calibration(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Point]:
         """The calibration table, by rising threshold."""
 
+    @property
+    def trade_offs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TradeOff]:
+        """The calibration table, by rising exchange rate; empty where the bundle makes no trade-offs."""
+
     def __init__(
         self,
         *,
@@ -946,8 +1027,15 @@ class ListArmsResponse(google.protobuf.message.Message):
         models: collections.abc.Iterable[Global___Model] | None = ...,
         arms: collections.abc.Iterable[Global___Arm] | None = ...,
         calibration: collections.abc.Iterable[Global___Point] | None = ...,
+        trade_offs: collections.abc.Iterable[Global___TradeOff] | None = ...,
+        default_quality_per_usd: builtins.float | None = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["arms", b"arms", "bundle_version", b"bundle_version", "calibration", b"calibration", "models", b"models", "reference_model", b"reference_model"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_default_quality_per_usd", b"_default_quality_per_usd", "default_quality_per_usd", b"default_quality_per_usd"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_default_quality_per_usd", b"_default_quality_per_usd", "arms", b"arms", "bundle_version", b"bundle_version", "calibration", b"calibration", "default_quality_per_usd", b"default_quality_per_usd", "models", b"models", "reference_model", b"reference_model", "trade_offs", b"trade_offs"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__default_quality_per_usd: typing_extensions.TypeAlias = typing.Literal["default_quality_per_usd"]
+    _WhichOneofArgType__default_quality_per_usd: typing_extensions.TypeAlias = typing.Literal["_default_quality_per_usd", b"_default_quality_per_usd"]
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__default_quality_per_usd) -> _WhichOneofReturnType__default_quality_per_usd | None: ...
 
 Global___ListArmsResponse: typing_extensions.TypeAlias = ListArmsResponse

@@ -27,7 +27,8 @@ if _version_not_supported:
 
 class RoutingServiceStub(object):
     """Routes prompts to the cheapest LLM and sample count whose best answer is predicted to be as good
-    as the reference LLM's (BEST-Route, arXiv 2506.22716).
+    as the reference LLM's (BEST-Route, arXiv 2506.22716); or, where the bundle predicts by how much
+    it is better or worse, to the one whose quality and cost together are worth most (a trade-off).
     """
 
     def __init__(self, channel):
@@ -65,7 +66,8 @@ class RoutingServiceStub(object):
 
 class RoutingServiceServicer(object):
     """Routes prompts to the cheapest LLM and sample count whose best answer is predicted to be as good
-    as the reference LLM's (BEST-Route, arXiv 2506.22716).
+    as the reference LLM's (BEST-Route, arXiv 2506.22716); or, where the bundle predicts by how much
+    it is better or worse, to the one whose quality and cost together are worth most (a trade-off).
     """
 
     def Route(self, request, context):
@@ -101,7 +103,8 @@ class RoutingServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListArms(self, request, context):
-        """Lists the pool, its prices, the arms and what thresholds were measured to give.
+        """Lists the pool, its prices, the arms and what thresholds and trade-offs were measured to
+        give.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -145,7 +148,8 @@ def add_RoutingServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class RoutingService(object):
     """Routes prompts to the cheapest LLM and sample count whose best answer is predicted to be as good
-    as the reference LLM's (BEST-Route, arXiv 2506.22716).
+    as the reference LLM's (BEST-Route, arXiv 2506.22716); or, where the bundle predicts by how much
+    it is better or worse, to the one whose quality and cost together are worth most (a trade-off).
     """
 
     @staticmethod

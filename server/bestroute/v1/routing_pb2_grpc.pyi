@@ -28,7 +28,8 @@ GRPC_VERSION: str
 
 class RoutingServiceStub:
     """Routes prompts to the cheapest LLM and sample count whose best answer is predicted to be as good
-    as the reference LLM's (BEST-Route, arXiv 2506.22716).
+    as the reference LLM's (BEST-Route, arXiv 2506.22716); or, where the bundle predicts by how much
+    it is better or worse, to the one whose quality and cost together are worth most (a trade-off).
     """
 
     @typing.overload
@@ -50,12 +51,15 @@ class RoutingServiceStub:
     leaves stops the upstream calls at once.
     """
     ListArms: grpc.UnaryUnaryMultiCallable[bestroute.v1.routing_pb2.ListArmsRequest, bestroute.v1.routing_pb2.ListArmsResponse]
-    """Lists the pool, its prices, the arms and what thresholds were measured to give."""
+    """Lists the pool, its prices, the arms and what thresholds and trade-offs were measured to
+    give.
+    """
 
 @typing.type_check_only
 class RoutingServiceAsyncStub(RoutingServiceStub):
     """Routes prompts to the cheapest LLM and sample count whose best answer is predicted to be as good
-    as the reference LLM's (BEST-Route, arXiv 2506.22716).
+    as the reference LLM's (BEST-Route, arXiv 2506.22716); or, where the bundle predicts by how much
+    it is better or worse, to the one whose quality and cost together are worth most (a trade-off).
     """
 
     def __init__(self, channel: grpc.aio.Channel) -> None: ...
@@ -74,11 +78,14 @@ class RoutingServiceAsyncStub(RoutingServiceStub):
     leaves stops the upstream calls at once.
     """
     ListArms: grpc.aio.UnaryUnaryMultiCallable[bestroute.v1.routing_pb2.ListArmsRequest, bestroute.v1.routing_pb2.ListArmsResponse]  # type: ignore[assignment]
-    """Lists the pool, its prices, the arms and what thresholds were measured to give."""
+    """Lists the pool, its prices, the arms and what thresholds and trade-offs were measured to
+    give.
+    """
 
 class RoutingServiceServicer(metaclass=abc.ABCMeta):
     """Routes prompts to the cheapest LLM and sample count whose best answer is predicted to be as good
-    as the reference LLM's (BEST-Route, arXiv 2506.22716).
+    as the reference LLM's (BEST-Route, arXiv 2506.22716); or, where the bundle predicts by how much
+    it is better or worse, to the one whose quality and cost together are worth most (a trade-off).
     """
 
     @abc.abstractmethod
@@ -125,6 +132,8 @@ class RoutingServiceServicer(metaclass=abc.ABCMeta):
         request: bestroute.v1.routing_pb2.ListArmsRequest,
         context: _ServicerContext,
     ) -> typing.Union[bestroute.v1.routing_pb2.ListArmsResponse, collections.abc.Awaitable[bestroute.v1.routing_pb2.ListArmsResponse]]:
-        """Lists the pool, its prices, the arms and what thresholds were measured to give."""
+        """Lists the pool, its prices, the arms and what thresholds and trade-offs were measured to
+        give.
+        """
 
 def add_RoutingServiceServicer_to_server(servicer: RoutingServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
