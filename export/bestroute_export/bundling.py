@@ -1,10 +1,12 @@
 """Writing a bundle: files first, figures measured on them, the manifest last."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from bestroute.bundle import (
@@ -14,13 +16,18 @@ from bestroute.bundle import (
     GoldenRoute,
     Manifest,
     Network,
+    Precision,
 )
 from bestroute.bundle import RewardNetwork as RewardEntry
-from bestroute_export.batches import predict
-from bestroute_export.evaluate import Interval
-from bestroute_export.graph import export
-from bestroute_export.measure import Figures, evaluation, reward_levels, session
+from bestroute_export.batches import Indices, predict
+from bestroute_export.evaluate import Interval, routed
+from bestroute_export.files import write_files
+from bestroute_export.labels import Floats
+from bestroute_export.measure import Figures, evaluation, reward_levels
 from bestroute_export.pipeline import Pipeline
+from bestroute_export.session import session
+from bestroute_export.trades import traded
+from bestroute_export.values import Predictions
 
 # Written for this purpose: none comes from the data.
 PROMPTS = (
@@ -38,10 +45,17 @@ ANSWERS = (
 )
 TOLERANCE = 5e-3
 """Wide enough for FP16 on another device, far narrower than any wrong input or weight gives."""
+TYPICAL = 400
+"""Inputs on which a faster file's decisions are compared."""
 
 
 def write_bundle(
-    pipeline: Pipeline, out: Path, name: str, version: str, sources: Mapping[str, str]
+    pipeline: Pipeline,
+    out: Path,
+    name: str,
+    version: str,
+    sources: Mapping[str, str],
+    faster: Sequence[Precision] = (),
 ) -> Manifest:
     """Export both networks, measure them and write the bundle.
 
@@ -51,12 +65,38 @@ def write_bundle(
         name: of the bundle.
         version: of the bundle.
         sources: provenance of the data, by topic.
+        faster: precisions to export in besides FP32.
+
+    Raises:
+        Disagreement: an exported file doesn't do what was trained; no manifest is written.
     """
     recipe = pipeline.recipe
     out.mkdir(parents=True, exist_ok=True)
     router, reward, tokenizer = out / "router.onnx", out / "reward.onnx", out / "tokenizer.json"
-    export(pipeline.router, "probabilities", router)
-    export(pipeline.reward, "rewards", reward)
+    router_files = write_files(
+        pipeline.router,
+        "router",
+        "outputs",
+        out,
+        ("fp32", *faster),
+        [row.ids for row in pipeline.inputs[:TYPICAL]],
+        partial(_routes, pipeline),
+        recipe.router_tokens,
+    )
+    reward_files = write_files(
+        pipeline.reward,
+        "reward",
+        "rewards",
+        out,
+        ("fp32", *faster),
+        [
+            pipeline.reward_tokenizer.pair(pair.prompt, answer).ids
+            for pair in pipeline.pairs[: TYPICAL // 2]
+            for answer in (pair.chosen, pair.rejected)
+        ],
+        lambda rewards: rewards.reshape(-1, 2).argmax(1),
+        recipe.reward_tokens,
+    )
     shutil.copyfile(recipe.backbone / "tokenizer.json", tokenizer)
     accept, escalate = reward_levels(pipeline)
     manifest = Manifest(
@@ -66,9 +106,9 @@ def write_bundle(
         reference_model=pipeline.pool.reference.name,
         models=list(pipeline.pool.models),
         arms=list(pipeline.pool.arms),
-        router=Network(files={"fp32": File.of(router)}, max_tokens=recipe.router_tokens),
+        router=Network(files=router_files, max_tokens=recipe.router_tokens),
         reward=RewardEntry(
-            files={"fp32": File.of(reward)},
+            files=reward_files,
             max_tokens=recipe.reward_tokens,
             accept_reward=accept,
             escalate_reward=escalate,
@@ -76,6 +116,7 @@ def write_bundle(
         tokenizer=File.of(tokenizer),
         default_match_threshold=pipeline.threshold,
         curve=pipeline.curve,
+        trade_offs=pipeline.trade_offs,
         metrics=flat(evaluation(pipeline, router, reward)),
         provenance={**sources, **provenance(pipeline)},
         golden=golden(pipeline, router, reward),
@@ -84,17 +125,30 @@ def write_bundle(
     return manifest
 
 
+def _routes(pipeline: Pipeline, outputs: Floats) -> Indices:
+    """What the policy takes at every point of the curve: int64 [points, Q]."""
+    measured = pipeline.outcomes.take(range(len(outputs)))
+    if pipeline.trade_offs is None:
+        return np.stack(
+            [routed(outputs, measured, point.match_threshold) for point in pipeline.curve]
+        )
+    predictions = Predictions.of(outputs, len(pipeline.pool.arms))
+    return np.stack(
+        [
+            traded(predictions, measured, pipeline.pool, point.quality_per_usd)
+            for point in pipeline.trade_offs.curve
+        ]
+    )
+
+
 def golden(pipeline: Pipeline, router: Path, reward: Path) -> Golden:
     """Inputs with what the exported files give for them, each computed alone."""
     route, score = session(router), session(reward)
     return Golden(
         tolerance=TOLERANCE,
         router=[
-            GoldenRoute(
-                prompt=prompt,
-                probabilities=predict(route, [pipeline.router_tokenizer.prompt(prompt).ids])[
-                    0
-                ].tolist(),
+            _golden_route(
+                pipeline, prompt, predict(route, [pipeline.router_tokenizer.prompt(prompt).ids])[0]
             )
             for prompt in PROMPTS
         ],
@@ -108,6 +162,18 @@ def golden(pipeline: Pipeline, router: Path, reward: Path) -> Golden:
             )
             for prompt, answer in ANSWERS
         ],
+    )
+
+
+def _golden_route(pipeline: Pipeline, prompt: str, row: Floats) -> GoldenRoute:
+    arms = len(pipeline.pool.arms)
+    if pipeline.trade_offs is None:
+        return GoldenRoute(prompt=prompt, probabilities=row.tolist())
+    return GoldenRoute(
+        prompt=prompt,
+        probabilities=row[:arms].tolist(),
+        gains=row[arms : 2 * arms].tolist(),
+        output_tokens=row[2 * arms :].tolist(),
     )
 
 
@@ -138,7 +204,7 @@ def provenance(pipeline: Pipeline) -> dict[str, str]:
         "storage": "matrices in per-channel symmetric INT8, widened to FP32 at load",
         "curve": (
             "out-of-fold predictions over train and validation; exact best-of-n expectations; "
-            "costs at the lengths of the answers sampled; quality_drop_upper is the 95th "
-            f"percentile over {recipe.resamples} bootstrap resamples, seed {recipe.seed}"
+            "costs at the lengths of the answers sampled; quality_drop_upper by "
+            f"betting, for any distribution, 95 % one-sided, seed {recipe.seed}"
         ),
     }

@@ -116,19 +116,18 @@ class Interval:
 
 
 def report(
-    probabilities: Floats, measured: Outcomes, threshold: float, resamples: int, seed: int
+    choice: Choice, probabilities: Floats, measured: Outcomes, resamples: int, seed: int
 ) -> dict[str, float | Interval]:
-    """Everything measured on one set of prompts, by name.
+    """Everything measured of one set of decisions, by name.
 
     Args:
-        probabilities: calibrated, float [Q, A].
+        choice: int64 [Q], decided without a look at these prompts' answers.
+        probabilities: calibrated match probabilities, float [Q, A].
         measured: what the arms gave.
-        threshold: fixed beforehand, on other prompts.
         resamples: bootstrap resamples.
         seed: of the bootstrap.
     """
-    weights = bootstrap_weights(len(probabilities), resamples, seed)
-    choice = routed(probabilities, measured, threshold)
+    weights = bootstrap_weights(len(choice), resamples, seed)
     best = oracle(measured)
     figures: dict[str, float | Interval] = {
         "prompts": float(len(choice)),
@@ -139,20 +138,10 @@ def report(
         "calibration_error": calibration_error(probabilities, measured.labels),
     }
     for prefix, costs in (("", measured), ("estimated_", measured.at_estimated_costs())):
-        static = [
-            float(savings(arm, costs)[0])
-            for arm in (np.full(len(choice), index) for index in range(probabilities.shape[1]))
-            if drops(arm, costs)[0] <= 0.01
-        ]
         figures |= {
             f"{prefix}saving": Interval.of(savings(choice, costs), savings(choice, costs, weights)),
-            f"{prefix}saving_at_1pct_drop": Interval.of(
-                saving_at(probabilities, costs, 0.01),
-                saving_at(probabilities, costs, 0.01, weights),
-            ),
             f"{prefix}mixing_saving_at_1pct_drop": Interval.of(
                 mixing_saving_at(costs, 0.01), mixing_saving_at(costs, 0.01, weights)
             ),
-            f"{prefix}static_saving_at_1pct_drop": max(static, default=0.0),
         }
     return figures

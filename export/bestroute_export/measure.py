@@ -3,39 +3,24 @@
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
-import torch
-from torch import Tensor
 
 from bestroute_export import calibrate
-from bestroute_export.batches import Function, predict
+from bestroute_export.batches import predict
 from bestroute_export.evaluate import Interval, report
 from bestroute_export.labels import Floats
 from bestroute_export.outcomes import Outcomes, decided_by_reward, outcomes
 from bestroute_export.pipeline import Pipeline
 from bestroute_export.reward import by_group, pair_accuracy, score_answers, selection
+from bestroute_export.session import session
 
 Figures = dict[str, float | Interval]
 
 
-def session(path: Path) -> Function:
-    """Open an ONNX file on the CPU, to be called like the network it was made from."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    opened = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-    def run(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        feeds = {"input_ids": input_ids.numpy(), "attention_mask": attention_mask.numpy()}
-        return torch.from_numpy(opened.run(None, feeds)[0])
-
-    return run
-
-
 def evaluation(pipeline: Pipeline, router: Path, reward: Path) -> dict[str, Figures]:
-    """Figures by set of prompts.
+    """Figures by set of prompts, of the decisions that a request without a target gets.
 
     Sets: "out_of_fold" (train and validation, each prompt predicted by a router not trained on it;
-    the threshold was chosen here), "test" (exported files, threshold fixed before), "unseen_tasks"
+    the default was chosen here), "test" (exported files, default fixed before), "unseen_tasks"
     (whole tasks that the measured router never saw) and "reward" (exported file, test).
 
     Args:
@@ -50,13 +35,15 @@ def evaluation(pipeline: Pipeline, router: Path, reward: Path) -> dict[str, Figu
     random, selected, perfect = selection(rewards, test, recipe.max_samples)
     pairs = [pair for pair in pipeline.pairs if pair.split == "test"]
 
-    def figures(probabilities: Floats, measured: Outcomes) -> Figures:
-        return report(probabilities, measured, pipeline.threshold, recipe.resamples, recipe.seed)
+    def figures(outputs: Floats, measured: Outcomes) -> Figures:
+        choice = pipeline.decide(outputs, measured)
+        probabilities = outputs[:, : len(pool.arms)]
+        return report(choice, probabilities, measured, recipe.resamples, recipe.seed)
 
     unseen = [row for row, prompt in enumerate(pipeline.prompts) if prompt.heldout]
     inputs = [pipeline.router_tokenizer.prompt(prompt.text) for prompt in test]
     return {
-        "out_of_fold": figures(pipeline.fold_probabilities, pipeline.outcomes),
+        "out_of_fold": figures(pipeline.fold_outputs, pipeline.outcomes),
         "test": figures(
             predict(session(router), [row.ids for row in inputs]),
             outcomes(test, [row.prompt_tokens for row in inputs], pool, rewards),
@@ -87,6 +74,9 @@ def reward_levels(pipeline: Pipeline) -> tuple[float | None, float | None]:
         rewards += values
         scores += [answer.score for answer in answers[model]]
         of_reference.append(np.mean([a.score for a in answers[pipeline.pool.reference.name]]))
+    if not rewards:
+        # No threshold could be promised, so that none of these prompts is routed to an arm.
+        return None, None
     return calibrate.reward_levels(
         np.array(rewards), np.array(scores), float(np.mean(of_reference))
     )

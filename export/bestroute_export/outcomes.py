@@ -46,6 +46,8 @@ class Outcomes:
         reference_estimates: [Q].
         costs: [Q, A], USD at the lengths that the sampled answers really have.
         reference_costs: [Q].
+        input_tokens: [Q], lengths of the prompts.
+        output_tokens: [Q, M], mean length of each LLM's answers; columns as in `Pool.models`.
     """
 
     labels: Floats
@@ -55,6 +57,8 @@ class Outcomes:
     reference_estimates: Floats
     costs: Floats
     reference_costs: Floats
+    input_tokens: Floats
+    output_tokens: Floats
 
     def take(self, rows: Sequence[int]) -> "Outcomes":
         """The same for some of the prompts."""
@@ -66,9 +70,20 @@ class Outcomes:
 
 
 def pool_of(
-    prompts: Sequence[Prompt], prices: Mapping[str, Price], reference: str, max_samples: int
+    prompts: Sequence[Prompt],
+    prices: Mapping[str, Price],
+    reference: str,
+    max_samples: int,
+    models: Sequence[str] | None = None,
 ) -> Pool:
     """Collect the LLMs that answered every prompt, with mean lengths over the given prompts.
+
+    Args:
+        prompts: with answers.
+        prices: at least of these LLMs.
+        reference: the LLM to match.
+        max_samples: largest n of an arm; fewer where an LLM gave fewer answers.
+        models: LLMs to choose from beside the reference; None takes all that answered.
 
     Raises:
         DataError: an LLM has no price, the reference is missing, or some prompts lack an LLM.
@@ -76,7 +91,9 @@ def pool_of(
     names = sorted(prompts[0].answers)
     if reference not in names:
         raise DataError(f"no answers of {reference}; there are: {', '.join(names)}")
-    models, arms = [], []
+    if models is not None:
+        names = sorted({reference, *models})
+    pooled, arms = [], []
     for name in names:
         if name not in prices:
             raise DataError(f"no price for {name}")
@@ -84,7 +101,7 @@ def pool_of(
             answers = [prompt.answers[name] for prompt in prompts]
         except KeyError as error:
             raise DataError(f"some prompts have no answer of {name}") from error
-        models.append(
+        pooled.append(
             Model(
                 name=name,
                 input_usd_per_mtok=prices[name].input_usd_per_mtok,
@@ -95,7 +112,7 @@ def pool_of(
         if name != reference:
             most = min(max_samples, min(len(group) for group in answers))
             arms += [Arm(model=name, samples=n) for n in range(1, most + 1)]
-    return Pool(models[names.index(reference)], tuple(models), tuple(arms))
+    return Pool(pooled[names.index(reference)], tuple(pooled), tuple(arms))
 
 
 def decided_by_reward(prompts: Sequence[Prompt], pool: Pool) -> list[Group]:
@@ -121,9 +138,8 @@ def outcomes(
         rewards: of at least the answers that `decided_by_reward` names; where all answers score
             the same, which one is kept makes no difference and none is needed.
     """
-    by_name = {model.name: model for model in pool.models}
     shape = (len(prompts), len(pool.arms))
-    labels, quality, output = np.empty(shape), np.empty(shape), np.empty(shape)
+    labels, quality = np.empty(shape), np.empty(shape)
     for row, prompt in enumerate(prompts):
         reference = [answer.score for answer in prompt.answers[pool.reference.name]]
         for column, arm in enumerate(pool.arms):
@@ -136,31 +152,53 @@ def outcomes(
                 proxy = [0.0] * len(scores)
             labels[row, column] = match_probability(proxy, scores, reference, arm.samples)
             quality[row, column] = expected_score(proxy, scores, arm.samples)
-            output[row, column] = np.mean([answer.tokens for answer in answers])
     tokens = np.asarray(input_tokens, dtype=np.float64)
-    pooled = [by_name[arm.model] for arm in pool.arms]
-
-    def cost(models: Sequence[Model], samples: Sequence[int], lengths: Floats) -> Floats:
-        return estimated_cost(
-            samples=np.array(samples, dtype=np.int64),
-            input_tokens=tokens[:, None],
-            output_tokens=lengths,
-            input_usd_per_mtok=np.array([model.input_usd_per_mtok for model in models]),
-            output_usd_per_mtok=np.array([model.output_usd_per_mtok for model in models]),
-        )
-
-    samples = [arm.samples for arm in pool.arms]
-    mean = np.array([[model.mean_output_tokens for model in pooled]])
+    lengths = np.array(
+        [
+            [np.mean([answer.tokens for answer in prompt.answers[m.name]]) for m in pool.models]
+            for prompt in prompts
+        ]
+    )
+    means = np.array([[model.mean_output_tokens for model in pool.models]])
+    estimates, reference_estimates = costs(pool, tokens, means)
+    real, reference_real = costs(pool, tokens, lengths)
     answered = [prompt.answers[pool.reference.name] for prompt in prompts]
-    of_reference = np.array([[np.mean([a.tokens for a in group])] for group in answered])
     return Outcomes(
         labels=labels,
         quality=quality,
         reference_quality=np.array([np.mean([a.score for a in group]) for group in answered]),
-        estimates=cost(pooled, samples, mean),
-        reference_estimates=cost(
-            [pool.reference], [1], np.array([[pool.reference.mean_output_tokens]])
-        )[:, 0],
-        costs=cost(pooled, samples, output),
-        reference_costs=cost([pool.reference], [1], of_reference)[:, 0],
+        estimates=estimates,
+        reference_estimates=reference_estimates,
+        costs=real,
+        reference_costs=reference_real,
+        input_tokens=tokens,
+        output_tokens=lengths,
     )
+
+
+def costs(pool: Pool, input_tokens: Floats, output_tokens: Floats) -> tuple[Floats, Floats]:
+    """What each arm and the reference cost at given lengths, in USD.
+
+    Args:
+        pool: LLMs and arms; every sample bills the prompt.
+        input_tokens: float [Q].
+        output_tokens: float [Q or 1, M], of one answer; columns as in `pool.models`.
+
+    Returns:
+        float64 [Q, A] and [Q].
+    """
+    names = [model.name for model in pool.models]
+
+    def cost(chosen: Sequence[str], samples: Sequence[int]) -> Floats:
+        columns = [names.index(name) for name in chosen]
+        models = [pool.models[column] for column in columns]
+        return estimated_cost(
+            samples=np.array(samples, dtype=np.int64),
+            input_tokens=input_tokens[:, None],
+            output_tokens=output_tokens[:, columns],
+            input_usd_per_mtok=np.array([model.input_usd_per_mtok for model in models]),
+            output_usd_per_mtok=np.array([model.output_usd_per_mtok for model in models]),
+        )
+
+    arms = cost([arm.model for arm in pool.arms], [arm.samples for arm in pool.arms])
+    return arms, cost([pool.reference.name], [1])[:, 0]

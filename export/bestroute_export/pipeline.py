@@ -9,7 +9,7 @@ Who is trained on what:
   reward model     trained on the train pairs of both sources; serves; its two levels are set on
                    validation prompts
   router folds     for each fold of train and validation prompts, one trained on the others;
-                   predicts the fold, for calibration, threshold and curve
+                   predicts the fold, for calibration, curves and defaults
   router           trained on train and validation with the same settings; measured on test
   router, unseen   trained without the held-out tasks; measured on them only
 """
@@ -19,17 +19,16 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from rich.progress import Progress
+from torch import nn
 
-from bestroute.bundle import CurvePoint
+from bestroute.bundle import CurvePoint, TradeOffs
 from bestroute.policy import REFERENCE
+from bestroute.promise import rate_for, threshold_for
 from bestroute.tokenizer import Encoded, Tokenizer
 from bestroute_export.batches import in_bfloat16, predict
-from bestroute_export.calibrate import (
-    curve,
-    platt,
-    threshold_for,
-)
+from bestroute_export.calibrate import cross_platt, platt
 from bestroute_export.data import (
     OTHER_PAIRS,
     Pair,
@@ -40,14 +39,19 @@ from bestroute_export.data import (
     read_prices,
     read_prompts,
 )
-from bestroute_export.encoder import Encoder, EncoderConfig
-from bestroute_export.evaluate import routed
+from bestroute_export.encoders import empty_encoder
+from bestroute_export.evaluate import Choice, routed
 from bestroute_export.labels import Floats
 from bestroute_export.networks import RewardNetwork, RouterNetwork
 from bestroute_export.outcomes import Group, Outcomes, Pool, decided_by_reward, outcomes, pool_of
 from bestroute_export.recipe import Recipe
 from bestroute_export.reward import by_group, score_answers, train_reward
 from bestroute_export.router import train_router
+from bestroute_export.thresholds import curve
+from bestroute_export.trades import trade_curve, traded
+from bestroute_export.train import TrainConfig
+from bestroute_export.values import Predictions, ValueNetwork, cross_predict
+from bestroute_export.values import fit as fit_values
 from bestroute_export.work import Work
 
 QUALITY_DROP = 0.01
@@ -112,7 +116,7 @@ class Pipeline:
         recipe = self.recipe
         return self.work.network(
             name,
-            lambda: RewardNetwork(Encoder(EncoderConfig.load(recipe.backbone))),
+            lambda: RewardNetwork(empty_encoder(recipe.backbone)),
             lambda: train_reward(
                 pairs, recipe.backbone, self.reward_tokenizer, recipe.reward, self.progress, name
             ),
@@ -167,81 +171,126 @@ class Pipeline:
         lengths = [row.prompt_tokens for row in self.inputs]
         return outcomes(self.prompts, lengths, self.pool, self.rewards)
 
-    def _train_router(self, name: str, rows: Sequence[int]) -> RouterNetwork:
+    @cached_property
+    def folds(self) -> npt.NDArray[np.int64]:
+        """The router fold of each of the F prompts."""
+        return np.array([fold_of(prompt.id, self.recipe.router_folds) for prompt in self.prompts])
+
+    def _train_encoder(self, name: str, rows: Sequence[int], config: TrainConfig) -> RouterNetwork:
         recipe, arms = self.recipe, self.pool.arms
         return self.work.network(
             name,
-            lambda: RouterNetwork(Encoder(EncoderConfig.load(recipe.backbone)), arms),
+            lambda: RouterNetwork(empty_encoder(recipe.backbone), arms),
             lambda: train_router(
                 [self.inputs[row].ids for row in rows],
                 self.outcomes.labels[rows],
                 arms,
                 recipe.backbone,
-                recipe.router,
+                config,
                 self.progress,
                 name,
             ),
         )
 
     @cached_property
-    def fold_logits(self) -> Floats:
-        """Uncalibrated logits [F, A], each prompt's from a router not trained on it."""
+    def _encoder_logits(self) -> Floats:
+        """Uncalibrated logits [F, A] of encoder routers, each prompt's from one of other folds."""
+        assert isinstance(self.recipe.router, TrainConfig)
         logits = np.empty((len(self.prompts), len(self.pool.arms)))
-        count = self.recipe.router_folds
-        folds = np.array([fold_of(prompt.id, count) for prompt in self.prompts])
-        for fold in range(count):
-            rest, held = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
-            network = self._train_router(f"router-fold-{fold}", rest.tolist())
+        for fold in range(self.recipe.router_folds):
+            rest, held = np.flatnonzero(self.folds != fold), np.flatnonzero(self.folds == fold)
+            network = self._train_encoder(f"router-fold-{fold}", rest.tolist(), self.recipe.router)
             logits[held] = predict(network.logits, [self.inputs[row].ids for row in held])
         return logits
 
     @cached_property
-    def calibration(self) -> tuple[Floats, Floats]:
-        """Platt's scale and shift, [A] each, fitted to the out-of-fold logits."""
-        return platt(self.fold_logits, self.outcomes.labels, self.pool.arms)
+    def fold_outputs(self) -> Floats:
+        """What routers say of the F prompts, none of it fitted to the prompt's own fold.
+
+        Rows as the served network gives them: [F, 2A + M] of a value router, [F, A] of an encoder.
+        """
+        config, pool = self.recipe.router, self.pool
+        if isinstance(config, TrainConfig):
+            return cross_platt(self._encoder_logits, self.outcomes.labels, pool.arms, self.folds)
+        return self.work.arrays(
+            "router-folds",
+            lambda: {
+                "outputs": cross_predict(self.inputs, self.outcomes, pool, self.folds, config).rows
+            },
+        )["outputs"]
+
+    def _router(self, name: str, rows: Sequence[int]) -> nn.Module:
+        """A calibrated router trained on some of the F prompts."""
+        recipe, pool = self.recipe, self.pool
+        if isinstance(recipe.router, TrainConfig):
+            network = self._train_encoder(name, rows, recipe.router)
+            network.calibrate(*platt(self._encoder_logits, self.outcomes.labels, pool.arms))
+            return network
+        config = recipe.router
+        return self.work.network(
+            name,
+            lambda: ValueNetwork(pool.arms, len(pool.models), config),
+            lambda: fit_values(
+                [self.inputs[row] for row in rows],
+                self.outcomes.take(rows),
+                pool,
+                self.folds[list(rows)],
+                config,
+            ),
+        )
 
     @cached_property
-    def fold_probabilities(self) -> Floats:
-        """Calibrated out-of-fold probabilities [F, A]."""
-        scale, shift = self.calibration
-        return 1 / (1 + np.exp(-(self.fold_logits * scale + shift)))
+    def router(self) -> nn.Module:
+        """The router that is served."""
+        return self._router("router", range(len(self.prompts)))
+
+    @cached_property
+    def unseen_router(self) -> nn.Module:
+        """A router that never saw the held-out tasks."""
+        rows = [row for row, prompt in enumerate(self.prompts) if not prompt.heldout]
+        return self._router("router-unseen", rows)
 
     @cached_property
     def curve(self) -> list[CurvePoint]:
-        """What each threshold gives, measured out of fold."""
-        return curve(
-            self.fold_probabilities, self.outcomes, self.recipe.resamples, self.recipe.seed
-        )
+        """What each match threshold gives, measured out of fold."""
+        probabilities = self.fold_outputs[:, : len(self.pool.arms)]
+        return curve(probabilities, self.outcomes, self.recipe.seed)
 
     @cached_property
     def threshold(self) -> float:
         """The default match threshold."""
         return threshold_for(self.curve, QUALITY_DROP)
 
-    def _calibrated(self, network: RouterNetwork) -> RouterNetwork:
-        scale, shift = self.calibration
-        network.calibrate(scale, shift)
-        return network
-
     @cached_property
-    def router(self) -> RouterNetwork:
-        """The router that is served, calibrated."""
-        return self._calibrated(self._train_router("router", range(len(self.prompts))))
+    def trade_offs(self) -> TradeOffs | None:
+        """What each exchange rate gives, measured out of fold; None of an encoder."""
+        if isinstance(self.recipe.router, TrainConfig):
+            return None
+        predictions = Predictions.of(self.fold_outputs, len(self.pool.arms))
+        points = trade_curve(predictions, self.outcomes, self.pool, self.recipe.seed)
+        return TradeOffs(curve=points, default_quality_per_usd=rate_for(points, QUALITY_DROP))
 
-    @cached_property
-    def unseen_router(self) -> RouterNetwork:
-        """A router that never saw the held-out tasks, with the served one's calibration."""
-        rows = [row for row, prompt in enumerate(self.prompts) if not prompt.heldout]
-        return self._calibrated(self._train_router("router-unseen", rows))
+    def decide(self, outputs: Floats, measured: Outcomes) -> Choice:
+        """The arm of each prompt, int64 [Q], by the served rule without a target.
+
+        Args:
+            outputs: what a router says, as in `fold_outputs`.
+            measured: of the same prompts, for their lengths.
+        """
+        if self.trade_offs is None:
+            return routed(outputs, measured, self.threshold)
+        predictions = Predictions.of(outputs, len(self.pool.arms))
+        rate = self.trade_offs.default_quality_per_usd
+        return traded(predictions, measured, self.pool, rate)
 
     @cached_property
     def routed_rewards(self) -> dict[Group, list[float]]:
-        """Rewards of what the router draws at the default threshold, by the served reward model.
+        """Rewards of what the router draws without a target, by the served reward model.
 
         Of the validation prompts, to which the served reward model was not fitted, and whose routes
         here come from a router that was not fitted to them either.
         """
-        choice = routed(self.fold_probabilities, self.outcomes, self.threshold)
+        choice = self.decide(self.fold_outputs, self.outcomes)
         groups = [
             (prompt.id, self.pool.arms[arm].model)
             for prompt, arm in zip(self.prompts, choice, strict=True)
