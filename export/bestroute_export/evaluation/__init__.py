@@ -1,0 +1,1 @@
+"""Experiments: policies beside baselines on real answers, as figures, plots and a page."""
