@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
+
 from bestroute.engine import cpus
 from bestroute.tokenizer import Tokenizer
 
@@ -48,7 +50,8 @@ def write(name: str, settings: Mapping[str, Any], figures: Mapping[str, Any]) ->
         "machine": {"cpu": _cpu(), "cpus": cpus(), "load_average": os.getloadavg()},
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("onnxruntime", "grpcio", "tokenizers", "numpy")},
+            "onnxruntime": onnxruntime.__version__,  # of either package, for CPUs or for GPUs
+            **{name: version(name) for name in ("grpcio", "tokenizers", "numpy")},
         },
         "settings": settings,
         "figures": figures,

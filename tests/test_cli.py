@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import grpc
+import onnxruntime
 import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from pydantic import BaseModel
@@ -27,6 +28,7 @@ from bestroute.app import Running, serving
 from bestroute.bundle import DEFAULT_BUNDLE
 from bestroute.cli import main, parser
 from bestroute.config import Settings
+from bestroute.execution import PROVIDERS
 from bestroute.v1 import routing_pb2 as pb
 from tests import tiny
 from tests.scripted import Context, scripted
@@ -462,9 +464,32 @@ async def test_doctor_finds_all_well(ask: Run) -> None:
     done = await ask("doctor")
 
     assert done.code == 0
-    assert [line[:6] for line in done.out.splitlines()] == ["ok    "] * 3
-    assert "bundle tiny-1: 4 arms of 3 models, reference large" in done.out
+    lines = done.out.splitlines()
+    assert [line[:6] for line in lines[:3]] == ["ok    "] * 3
+    assert "bundle tiny-1: 4 arms of 3 models, reference large" in lines[2]
     assert done.err == ""
+
+
+async def test_doctor_tries_every_provider(ask: Run) -> None:
+    done = await ask("doctor")
+
+    found = [line.split(maxsplit=1) for line in done.out.splitlines()[3:]]
+    assert [name for name, _ in found] == ["cpu", "cuda", "tensorrt"]
+    assert found[0][1] == "runs networks here"
+    if PROVIDERS["cuda"] not in onnxruntime.get_available_providers():
+        assert all("install 'bestroute[gpu]'" in reason for _, reason in found[1:])
+
+
+async def test_doctor_says_it_in_json(ask: Run, run: Run) -> None:
+    well, away = await ask("doctor", "--json"), await run("doctor", "--json", "--address", REFUSED)
+
+    assert (well.code, well.err, away.code, away.err) == (0, "", 1, "")
+    found, lost = json.loads(well.out), json.loads(away.out)
+    assert (found["well"], lost["well"], lost["address"]) == (True, False, REFUSED)
+    assert [check["passed"] for check in found["checks"]] == [True] * 3
+    assert "can't be reached" in lost["checks"][0]["finding"]
+    assert found["providers"] == lost["providers"]
+    assert found["providers"][0] == {"provider": "cpu", "fault": None}
 
 
 async def test_a_quiet_doctor_says_nothing_of_the_well(ask: Run) -> None:
@@ -498,13 +523,13 @@ async def test_doctor_finds_a_draining_service(run: Run) -> None:
     assert '"liveness"' not in done.err
 
 
-def test_doctor_loads_nothing_heavy() -> None:
+def test_a_quiet_doctor_loads_nothing_heavy() -> None:
     """It runs every few seconds in a container that should use its CPU for answers."""
     heavy = {"numpy", "onnxruntime", "openai", "aiohttp", "pydantic", "tokenizers", "rich"}
     code = f"""
 import sys
 from bestroute.cli import main
-main(["doctor", "--address", "{REFUSED}"])
+main(["doctor", "--quiet", "--address", "{REFUSED}"])
 print(*{heavy} & set(sys.modules))
 """
 

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer as RawTokenizer
 
 from bestroute.bundle import Arm, Bundle
 from bestroute.tokenizer import Tokenizer
+from bestroute_export import data as data_module
 from bestroute_export import pipeline as pipelines
 from bestroute_export.__main__ import main
 from bestroute_export.batches import by_budget, pad, predict, shuffled
@@ -358,6 +359,49 @@ def test_long_inputs_are_cut_as_in_serving(finished: tuple[Pipeline, Path]) -> N
     assert served.prompt(text) == pipeline.router_tokenizer.prompt(text)
 
 
+def test_one_file_of_graded_answers_is_enough(data: Path, backbone: Path, tmp_path: Path) -> None:
+    """Pairs are made from the answers; prices lie where they are said to; no task is held out."""
+    mine = tmp_path / "mine.jsonl"
+    prompts = [replace(prompt, heldout=False) for prompt in read_prompts(data)]
+    data_module.write_prompts(mine, prompts)
+    recipe = Recipe(
+        backbone=backbone,
+        reference="large",
+        router_folds=3,
+        reward_tokens=24,
+        router=ValueConfig(max_tokens=16),
+        reward=TrainConfig(
+            epochs=1, batch=16, learning_rate=3e-3, head_learning_rate=1e-2, first_layer=0
+        ),
+        resamples=20,
+    )
+    prices = data / "prices.json"
+    pipeline = Pipeline(mine, tmp_path / "work", recipe, Progress(disable=True), prices)
+
+    manifest = write_bundle(pipeline, tmp_path / "bundle", "mine", "1", {})
+
+    assert manifest.trade_offs is not None
+    assert "test/saving" in manifest.metrics
+    assert not any(name.startswith("unseen_tasks") for name in manifest.metrics)
+
+
+def test_answers_that_are_all_alike_train_no_reward_model(
+    data: Path, backbone: Path, tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine.jsonl"
+    alike = [
+        replace(prompt, answers={name: group[:1] for name, group in prompt.answers.items()})
+        for prompt in read_prompts(data)
+    ]
+    data_module.write_prompts(mine, alike)
+    recipe = Recipe(backbone=backbone, reference="large")
+    prices = data / "prices.json"
+    pipeline = Pipeline(mine, tmp_path / "work", recipe, Progress(disable=True), prices)
+
+    with pytest.raises(DataError, match="bestroute-export collect"):
+        _ = pipeline.pairs
+
+
 def test_a_row_that_lacks_a_field_is_named(tmp_path: Path) -> None:
     write_rows(tmp_path / "reasoning_gym.jsonl.gz", [{"id": "1", "prompt": "x", "split": "train"}])
     with pytest.raises(DataError, match="line 1: responses is missing"):
@@ -370,7 +414,7 @@ def test_a_missing_folder_ends_in_one_line(
     with pytest.raises(SystemExit) as stopped:
         main(["calibrate", "--data", str(tmp_path / "none"), "--backbone", str(backbone)])
     assert stopped.value.code == 2
-    assert "can't be read" in capsys.readouterr().out.replace("\n", " ")
+    assert "can't be read" in " ".join(capsys.readouterr().out.split())
 
 
 def test_verify_tells_a_good_bundle_from_an_altered_one(

@@ -197,7 +197,14 @@ def parser() -> argparse.ArgumentParser:
     for name, (step, text) in STEPS.items():
         command = commands.add_parser(name, help=text, description=step.__doc__)
         command.set_defaults(step=step)
-        command.add_argument("--data", type=Path, required=True, help="folder with the data")
+        command.add_argument(
+            "--data", type=Path, required=True, help="graded answers: a file, or a folder"
+        )
+        command.add_argument(
+            "--prices",
+            type=Path,
+            help="USD per million tokens by LLM (prices.json beside the data)",
+        )
         command.add_argument(
             "--work",
             type=Path,
@@ -292,7 +299,7 @@ def main(arguments: list[str] | None = None) -> None:
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=console) as progress:
-            pipeline = Pipeline(options.data, options.work, recipe, progress)
+            pipeline = Pipeline(options.data, options.work, recipe, progress, options.prices)
             options.step(pipeline, options, console)
     except KeyboardInterrupt:
         console.print("stopped; the same command goes on from here")

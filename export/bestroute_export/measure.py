@@ -21,7 +21,8 @@ def evaluation(pipeline: Pipeline, router: Path, reward: Path) -> dict[str, Figu
 
     Sets: "out_of_fold" (train and validation, each prompt predicted by a router not trained on it;
     the default was chosen here), "test" (exported files, default fixed before), "unseen_tasks"
-    (whole tasks that the measured router never saw) and "reward" (exported file, test).
+    (whole tasks that the measured router never saw, where there are such) and "reward" (exported
+    file, test).
 
     Args:
         pipeline: the run.
@@ -40,17 +41,12 @@ def evaluation(pipeline: Pipeline, router: Path, reward: Path) -> dict[str, Figu
         probabilities = outputs[:, : len(pool.arms)]
         return report(choice, probabilities, measured, recipe.resamples, recipe.seed)
 
-    unseen = [row for row, prompt in enumerate(pipeline.prompts) if prompt.heldout]
     inputs = [pipeline.router_tokenizer.prompt(prompt.text) for prompt in test]
-    return {
+    measured = {
         "out_of_fold": figures(pipeline.fold_outputs, pipeline.outcomes),
         "test": figures(
             predict(session(router), [row.ids for row in inputs]),
             outcomes(test, [row.prompt_tokens for row in inputs], pool, rewards),
-        ),
-        "unseen_tasks": figures(
-            predict(pipeline.unseen_router, [pipeline.inputs[row].ids for row in unseen]),
-            pipeline.outcomes.take(unseen),
         ),
         "reward": {
             "pair_accuracy": pair_accuracy(score, pipeline.reward_tokenizer, pairs),
@@ -60,6 +56,12 @@ def evaluation(pipeline: Pipeline, router: Path, reward: Path) -> dict[str, Figu
             "best_of_n_perfect": perfect,
         },
     }
+    if unseen := [row for row, prompt in enumerate(pipeline.prompts) if prompt.heldout]:
+        measured["unseen_tasks"] = figures(
+            predict(pipeline.unseen_router, [pipeline.inputs[row].ids for row in unseen]),
+            pipeline.outcomes.take(unseen),
+        )
+    return measured
 
 
 def reward_levels(pipeline: Pipeline) -> tuple[float | None, float | None]:

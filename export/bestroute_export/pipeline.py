@@ -31,8 +31,11 @@ from bestroute_export.batches import in_bfloat16, predict
 from bestroute_export.calibrate import cross_platt, platt
 from bestroute_export.data import (
     OTHER_PAIRS,
+    PRICES,
+    DataError,
     Pair,
     Prompt,
+    digest,
     digests,
     fold_of,
     read_pairs,
@@ -44,6 +47,7 @@ from bestroute_export.evaluate import Choice, routed
 from bestroute_export.labels import Floats
 from bestroute_export.networks import RewardNetwork, RouterNetwork
 from bestroute_export.outcomes import Group, Outcomes, Pool, decided_by_reward, outcomes, pool_of
+from bestroute_export.pairs import pairs_of
 from bestroute_export.recipe import Recipe
 from bestroute_export.reward import by_group, score_answers, train_reward
 from bestroute_export.router import train_router
@@ -59,20 +63,31 @@ QUALITY_DROP = 0.01
 
 
 class Pipeline:
-    """One run over one data folder.
+    """One run over one set of graded answers.
 
     Args:
-        data: folder with the prompts, pairs and prices, see `bestroute_export.data`.
+        data: file of prompts with graded answers, whose pairs are made from the answers; or a
+            folder with prompts, pairs and prices, see `bestroute_export.data`.
         work: directory for results of finished steps.
         recipe: settings.
         progress: where bars are shown.
+        prices: file of prices; None takes `prices.json` of the folder, or beside the file.
     """
 
-    def __init__(self, data: Path, work: Path, recipe: Recipe, progress: Progress) -> None:
+    def __init__(
+        self,
+        data: Path,
+        work: Path,
+        recipe: Recipe,
+        progress: Progress,
+        prices: Path | None = None,
+    ) -> None:
         self.data = data
+        self.prices = prices or (data if data.is_dir() else data.parent) / PRICES
         self.recipe = recipe
         self.progress = progress
-        self.digests = digests(data)
+        self.digests = digests(data) if data.is_dir() else {data.name: digest(data)}
+        self.digests[PRICES] = digest(self.prices)
         self.work = Work(work, {**recipe.inputs(), "data": self.digests})
         tokenizer = recipe.backbone / "tokenizer.json"
         self.router_tokenizer = Tokenizer(tokenizer, max_tokens=recipe.router_tokens)
@@ -96,14 +111,30 @@ class Pipeline:
 
     @cached_property
     def pairs(self) -> list[Pair]:
-        """Pairs of answers to all of these prompts."""
-        return read_pairs(self.data)
+        """Pairs of answers to all of these prompts.
+
+        Raises:
+            DataError: no LLM gave two answers of different score to a prompt.
+        """
+        if self.data.is_dir():
+            return read_pairs(self.data)
+        if not pairs_of(self._every_prompt, broken=0):
+            raise DataError(
+                f"{self.data} has no LLM with two answers of different score to a prompt, so no "
+                "reward model can be trained; sample more with `bestroute-export collect`"
+            )
+        return pairs_of(self._every_prompt)
+
+    @cached_property
+    def _other_pairs(self) -> list[Pair]:
+        """Pairs of answers to other prompts."""
+        return read_pairs(self.data, OTHER_PAIRS) if self.data.is_dir() else []
 
     @cached_property
     def pool(self) -> Pool:
         """The LLMs and arms; mean lengths are taken over the F prompts."""
         recipe = self.recipe
-        return pool_of(self.prompts, read_prices(self.data), recipe.reference, recipe.max_samples)
+        return pool_of(self.prompts, read_prices(self.prices), recipe.reference, recipe.max_samples)
 
     @cached_property
     def inputs(self) -> list[Encoded]:
@@ -148,7 +179,7 @@ class Pipeline:
     def reward(self) -> RewardNetwork:
         """The reward model that is served: trained on the train pairs of both sources."""
         pairs = [pair for pair in self.pairs if pair.split == "train"]
-        others = [p for p in read_pairs(self.data, OTHER_PAIRS) if p.split == "train"]
+        others = [pair for pair in self._other_pairs if pair.split == "train"]
         return self._train_reward("reward", pairs + others[:: self.recipe.other_pairs])
 
     @cached_property

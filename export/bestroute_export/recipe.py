@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
+from bestroute_export.encoders import read_config
 from bestroute_export.train import TrainConfig
 from bestroute_export.values import ValueConfig
 
@@ -70,7 +71,9 @@ class Recipe:
     @property
     def router_tokens(self) -> int:
         """Longest input of the router."""
-        return self.router.max_tokens if isinstance(self.router, ValueConfig) else 256
+        if isinstance(self.router, ValueConfig):
+            return self.router.max_tokens
+        return min(256, int(read_config(self.backbone)["max_position_embeddings"]))
 
     def inputs(self) -> dict[str, object]:
         """What results depend on, without paths of this machine."""

@@ -2,9 +2,10 @@
 
 import asyncio
 import ctypes
+import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -17,25 +18,12 @@ from bestroute.bundle import Precision
 from bestroute.config import ConfigInvalid
 from bestroute.config import Engine as EngineSettings
 from bestroute.errors import BundleInvalid
+from bestroute.execution import PROVIDERS, open_session, placement
 
-# From 1.29 on, ONNX Runtime reports its use to its maker unless this is set before it is loaded.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # noqa: TID251 - written, not read
-
-try:
-    import onnxruntime as ort
-except ModuleNotFoundError as error:
-    raise ConfigInvalid(
-        "ONNX Runtime is not installed; install exactly one of: "
-        "pip install 'bestroute[cpu]'  or  pip install 'bestroute[gpu]'"
-    ) from error
+_log = logging.getLogger(__name__)
 
 Row = npt.NDArray[np.float32]
 
-_PROVIDERS = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-}
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _WARM_UP_LENGTHS = (16, 64, 128, 256, 512)
 
@@ -51,10 +39,41 @@ def cpus() -> int:
 
 
 def preferred_precisions(settings: EngineSettings) -> tuple[Precision, ...]:
-    """Which of a network's files to load, best first."""
-    if settings.precision is not None:
-        return (settings.precision,)
-    return ("fp32", "int8", "fp16") if settings.provider == "cpu" else ("fp16", "fp32", "int8")
+    """Which of a network's files to load, best first; INT8 is computed on CPUs only.
+
+    Raises:
+        ConfigInvalid: INT8 on a GPU.
+    """
+    if settings.provider == "cpu":
+        return (settings.precision,) if settings.precision else ("fp32", "int8", "fp16")
+    if settings.precision == "int8":
+        raise ConfigInvalid(
+            f"engine.precision = 'int8' with engine.provider = {settings.provider!r}: only CPUs "
+            "run it; leave the precision unset, or set engine.provider = 'cpu'"
+        )
+    return (settings.precision,) if settings.precision else ("fp16", "fp32")
+
+
+def settled(settings: EngineSettings, files: Collection[Precision]) -> EngineSettings:
+    """The settings by which one network of a bundle is run: its precision, and who computes it.
+
+    TensorRT is given FP16 files only. What a bundle has in FP32 alone, CUDA runs instead: such as
+    a router of n-grams, whose few operators are int64 arithmetic and look-ups that there is nothing
+    to compile in. It stays on the GPU, since FP32 alone doesn't tell whether a network is small.
+
+    Args:
+        settings: as configured.
+        files: the precisions that the network was exported in.
+
+    Raises:
+        ConfigInvalid: see `preferred_precisions`.
+    """
+    for precision in preferred_precisions(settings):
+        if precision in files:
+            beyond = settings.provider == "tensorrt" and precision != "fp16"
+            provider = "cuda" if beyond else settings.provider
+            return settings.model_copy(update={"precision": precision, "provider": provider})
+    return settings
 
 
 class Engine:
@@ -86,20 +105,27 @@ class Engine:
         max_tokens: int,
         wide: bool = True,
     ) -> None:
-        shapes = tensorrt_shapes(max_items, max_tokens)
         cores = settings.threads or cpus()
+
+        def opened(threads: int) -> Any:
+            return open_session(
+                path, settings, max_items=max_items, max_tokens=max_tokens, threads=threads
+            )
+
         if settings.provider != "cpu":
-            self._lane = self._wide = _session(path, settings, shapes, cores)
+            self._lane = self._wide = opened(cores)
             self.concurrency, self._wide_runs = 1, 1
+            _check_placement(self._lane, path, settings.provider)
         else:
             # Threads of one run wait for the slowest after each operator, so several runs of one
             # thread each get more done than one run of several. One run more than there are cores
             # computes while another waits for the event loop.
-            self._lane = self._wide = _session(path, settings, shapes, 1)
+            self._lane = self._wide = opened(1)
             self.concurrency, self._wide_runs = cores + 1, max(1, cores // 2)
             if wide and cores > 1:
-                self._wide = _session(path, settings, shapes, cores)
+                self._wide = opened(cores)
         self._running = 0
+        self._max_items = max_items if settings.provider != "cpu" else 1
         self._max_tokens = max_tokens
         self._threads = ThreadPoolExecutor(
             self.concurrency, thread_name_prefix=f"engine-{path.stem}"
@@ -126,17 +152,60 @@ class Engine:
         finally:
             self._running -= 1
 
-    def warm_up(self) -> None:
-        """Run every shape bucket once, so that the first request is as fast as the next."""
-        for length in sorted({min(length, self._max_tokens) for length in _WARM_UP_LENGTHS}):
+    def warm_up(self, padded_tokens: int = 0) -> None:
+        """Run every shape bucket once, so that the first request is as fast as the next.
+
+        Args:
+            padded_tokens: largest B * T; a GPU runs such batches too, see `warm_up_shapes`.
+        """
+        for items, length in warm_up_shapes(self._max_items, self._max_tokens, padded_tokens):
             for session in {self._wide, self._lane}:
-                _run(session, [[0] * length])
+                _run(session, [[0] * length] * items)
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def warm_up_shapes(max_items: int, max_tokens: int, padded_tokens: int) -> list[tuple[int, int]]:
+    """Which batches to run before serving: for every bucket of lengths a single and the largest.
+
+    A GPU takes memory when a shape first needs it; where there is too little, that shows at start.
+
+    Args:
+        max_items: largest B.
+        max_tokens: longest T.
+        padded_tokens: largest B * T of more than one input.
+
+    Returns:
+        Pairs (B, T).
+    """
+    lengths = {min(length, max_tokens) for length in _WARM_UP_LENGTHS}
+    return sorted(
+        {
+            (items, length)
+            for length in lengths
+            for items in (1, max(1, min(max_items, padded_tokens // length)))
+        }
+    )
+
+
+def _check_placement(session: Any, path: Path, provider: str) -> None:
+    """Log which provider runs how many of a network's nodes.
+
+    Raises:
+        BundleInvalid: the wanted one runs none.
+    """
+    nodes = placement(session)
+    if not nodes[PROVIDERS[provider]]:
+        raise BundleInvalid(
+            f"{path}: engine.provider = {provider!r} has no kernel for any of it; "
+            "set engine.provider = 'cpu'"
+        )
+    counts = ", ".join(f"{count} nodes on {name}" for name, count in nodes.most_common())
+    _log.info("%s: %s", path.name, counts)
 
 
 def _run(session: Any, inputs: Sequence[Sequence[int]]) -> list[Row]:
@@ -146,7 +215,30 @@ def _run(session: Any, inputs: Sequence[Sequence[int]]) -> list[Row]:
     for row, (ids, length) in enumerate(zip(inputs, lengths, strict=True)):
         input_ids[row, :length] = ids
         mask[row, :length] = 1
-    return list(session.run(None, {"input_ids": input_ids, "attention_mask": mask})[0])
+    feeds = {"input_ids": input_ids, "attention_mask": mask}
+    if session.get_providers()[0] == PROVIDERS["cpu"]:
+        return list(session.run(None, feeds)[0])
+    return run_bound(session, feeds)
+
+
+def run_bound(session: Any, feeds: Mapping[str, npt.NDArray[np.int64]]) -> list[Row]:
+    """Run on a GPU, with inputs and the output bound to memory of the CPU.
+
+    Both cross over once, and nothing else does: an output that isn't bound stays on the device.
+
+    Args:
+        session: of ONNX Runtime.
+        feeds: every input by name, int64 [B, T].
+
+    Returns:
+        B rows of the first output, float32 [K].
+    """
+    binding = session.io_binding()
+    for name, values in feeds.items():
+        binding.bind_cpu_input(name, values)
+    binding.bind_output(session.get_outputs()[0].name, "cpu")
+    session.run_with_iobinding(binding)
+    return list(binding.copy_outputs_to_cpu()[0])
 
 
 def return_freed_memory() -> None:
@@ -156,73 +248,3 @@ def return_freed_memory() -> None:
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def _session(path: Path, settings: EngineSettings, shapes: Mapping[str, str], threads: int) -> Any:
-    provider = _PROVIDERS[settings.provider]
-    if provider not in ort.get_available_providers():
-        raise ConfigInvalid(
-            f"engine.provider = {settings.provider!r}: this ONNX Runtime can't run on it; install "
-            "'bestroute[gpu]' (without onnxruntime beside it), or set engine.provider = 'cpu'"
-        )
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    # Spinning threads steal the cores that tokenizing and gRPC need.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # Shapes vary per batch: patterns of past shapes would only hold memory.
-    options.enable_mem_pattern = False
-    # ONNX Runtime's fused SkipLayerNormalization is slower on a CPU than the parts it replaces.
-    disabled = ["SkipLayerNormFusion", "BiasGeluFusion"] if settings.provider == "cpu" else []
-    try:
-        session = ort.InferenceSession(
-            str(path),
-            options,
-            providers=_providers(settings, shapes),
-            disabled_optimizers=disabled,
-        )
-    except Exception as error:  # ONNX Runtime's errors have no common base but this
-        raise BundleInvalid(f"{path} can't be loaded: {error}") from error
-    # ONNX Runtime falls back to the CPU without an error; a GPU server that does is 100x too slow.
-    if session.get_providers()[0] != provider:
-        raise ConfigInvalid(
-            f"engine.provider = {settings.provider!r} did not load (driver, CUDA or TensorRT "
-            "libraries missing?); ONNX Runtime would have run on the CPU. "
-            "Set engine.provider = 'cpu' if that is what you want"
-        )
-    return session
-
-
-def _providers(
-    settings: EngineSettings, shapes: Mapping[str, str]
-) -> list[tuple[str, dict[str, str]]]:
-    """Execution providers with their options, the wanted one first."""
-    if settings.provider != "tensorrt":
-        return [(_PROVIDERS[settings.provider], {})]
-    caches = {}
-    if settings.cache is not None:
-        caches = {
-            "trt_engine_cache_enable": "1",
-            "trt_engine_cache_path": str(settings.cache),
-            "trt_timing_cache_enable": "1",
-            "trt_timing_cache_path": str(settings.cache),
-        }
-    # CUDA runs the nodes that TensorRT has no kernel for.
-    return [(_PROVIDERS["tensorrt"], {**shapes, **caches}), (_PROVIDERS["cuda"], {})]
-
-
-def tensorrt_shapes(max_items: int, max_tokens: int) -> dict[str, str]:
-    """The profile that TensorRT builds its engine for, at start.
-
-    Without one it would build another engine in the request path whenever a new shape comes.
-    """
-    shapes = {
-        "min": (1, 1),
-        "opt": (max(1, max_items // 4), max(1, max_tokens // 2)),
-        "max": (max_items, max_tokens),
-    }
-    return {
-        f"trt_profile_{which}_shapes": f"input_ids:{b}x{t},attention_mask:{b}x{t}"
-        for which, (b, t) in shapes.items()
-    }

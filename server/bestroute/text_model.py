@@ -4,6 +4,7 @@ The router and the reward model are both one of these.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +14,10 @@ from dataclasses import dataclass
 from bestroute.batching import Batcher, Budget
 from bestroute.bundle import Bundle, Network
 from bestroute.config import Settings
-from bestroute.engine import Engine, Row, preferred_precisions
+from bestroute.engine import Engine, Row, preferred_precisions, settled
 from bestroute.tokenizer import Encoded, Tokenizer
+
+_log = logging.getLogger(__name__)
 
 _INLINE_CHARACTERS = 256
 """Texts up to this length are tokenized on the event loop: a thread's hop would take longer."""
@@ -132,16 +135,20 @@ async def load_text_model(
         BundleInvalid: the bundle has no such file, or the network can't be loaded.
         ConfigInvalid: the engine's provider can't be loaded.
     """
-    path = bundle.network_path(network, preferred_precisions(settings.engine))
+    engine_settings = settled(settings.engine, network.files)
+    path = bundle.network_path(network, preferred_precisions(engine_settings))
+    if engine_settings.provider != settings.engine.provider:
+        configured = settings.engine.provider
+        _log.info("%s is FP32: on %s, not %s", path.name, engine_settings.provider, configured)
     engine = await asyncio.to_thread(
         Engine,
         path,
-        settings.engine,
+        engine_settings,
         max_items=settings.batching.max_items,
         max_tokens=network.max_tokens,
         wide=wide,
     )
-    await asyncio.to_thread(engine.warm_up)
+    await asyncio.to_thread(engine.warm_up, _budget(settings).max_padded_tokens)
     tokenizer = Tokenizer(bundle.tokenizer_path, max_tokens=network.max_tokens)
     return TextModel(engine, tokenizer, settings)
 

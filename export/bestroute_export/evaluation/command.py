@@ -48,7 +48,7 @@ def evaluate(options: argparse.Namespace, console: Console) -> None:
     begun = perf_counter()
 
     def say(step: str) -> None:
-        console.print(f"{perf_counter() - begun:6.0f} s  {step}", highlight=False)
+        console.print(f"{perf_counter() - begun:6.0f} s  {step}", highlight=False, soft_wrap=True)
 
     for name, experiment in experiments.items():
         say(f"{name}: {experiment.title}")

@@ -1,6 +1,8 @@
 """The figures of one experiment, as they are stored; savings and drops are fractions."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -160,8 +162,17 @@ def interval_or_none(values: Floats) -> Interval | None:
 
 
 def write_results(results: Results, path: Path) -> None:
-    """Store figures as JSON."""
-    path.write_text(results.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    """Store figures as JSON, to six digits after the point."""
+    text = json.dumps(_rounded(results.model_dump(mode="json")), indent=1)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 6)
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    return [_rounded(each) for each in value] if isinstance(value, list) else value
 
 
 def read_results(path: Path) -> Results:

@@ -26,7 +26,7 @@ class PolicyOptions(TypedDict, total=False):
         allowed_models: models whose arms may be chosen; empty allows all.
         max_samples: largest number of samples; 0 sets no limit.
         max_cost_usd: highest estimated cost in USD; 0 sets no limit.
-        expected_output_tokens: expected length of an answer; 0 takes each model's mean.
+        expected_output_tokens: expected length of an answer; 0 takes what the bundle predicts.
     """
 
     match_threshold: float
