@@ -215,8 +215,7 @@ def compare(
         repeats: runs of each shape.
     """
     figures = {}
-    limits = {"max_items": max(batches), "max_tokens": max(lengths)}
-    cpu = Engine(paths["fp32"], EngineSettings(), **limits, wide=False)
+    cpu = Engine(paths["fp32"], EngineSettings(), max_items=max(batches), max_tokens=max(lengths))
     expected = {
         (b, t): np.stack(_one_by_one(cpu, inputs_of(b, t, vocabulary)))
         for b in batches
@@ -225,7 +224,7 @@ def compare(
     for provider, precision in engines:
         settings = EngineSettings.model_validate({"provider": provider})
         start = time.perf_counter()
-        engine = Engine(paths[precision], settings, **limits)
+        engine = Engine(paths[precision], settings, max_items=max(batches), max_tokens=max(lengths))
         engine.warm_up(max(batches) * max(lengths))
         ready = time.perf_counter() - start
         cells = measure(engine, expected, vocabulary, repeats)
@@ -292,6 +291,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batches", type=_numbers, default=BATCHES, help="such as 1,8,32")
     parser.add_argument("--lengths", type=_numbers, default=LENGTHS, help="tokens, up to 512")
     options = parser.parse_args(argv)
+    if max(options.lengths) > 512:
+        parser.error("--lengths: these networks take up to 512 tokens")
+    if len({b * t for b in options.batches for t in options.lengths}) < 2:
+        parser.error("--batches and --lengths: a line needs two numbers of tokens or more")
     faults = {provider: fault(provider) for provider in ("cuda", "tensorrt")}
     if faults["cuda"]:
         print(f"no GPU to measure here: {faults['cuda']}", file=sys.stderr)

@@ -45,10 +45,19 @@ def test_without_a_gpu_it_says_so_in_one_line() -> None:
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("wrong", ["0,1", "a", ""])
-def test_a_batch_is_a_number(wrong: str) -> None:
-    with pytest.raises(SystemExit):
-        gpu.main(["--batches", wrong])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--batches", "0,1"],
+        ["--batches", "a"],
+        ["--lengths", ""],
+        ["--lengths", "1024"],
+        ["--batches", "1", "--lengths", "32"],
+    ],
+)
+def test_wrong_arguments_are_refused(wrong: list[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main(wrong)
 
 
 @pytest.mark.parametrize("name", gpu.SHAPES)

@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from bestroute import engine, execution
-from bestroute.bundle import Bundle
+from bestroute.bundle import Bundle, Precision
 from bestroute.config import Batching, ConfigInvalid
 from bestroute.config import Engine as Settings
 from bestroute.config import Settings as AllSettings
@@ -102,7 +102,7 @@ def test_the_probe_is_a_sound_model() -> None:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
     onnx.checker.check_model(model, full_check=True)
-    assert execution._PROBE == model.SerializeToString()
+    assert model.SerializeToString() == execution._PROBE
 
 
 def test_the_cpu_works_everywhere() -> None:
@@ -226,7 +226,7 @@ def test_a_cpu_prefers_fp32_and_a_gpu_fp16() -> None:
     ],
 )
 def test_what_exists_only_in_fp32_is_run_by_cuda(
-    provider: str, files: set[engine.Precision], expected: tuple[str, str]
+    provider: str, files: set[Precision], expected: tuple[str, str]
 ) -> None:
     used = settled(Settings.model_validate({"provider": provider, "threads": 3}), files)
 
