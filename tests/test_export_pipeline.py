@@ -341,7 +341,7 @@ def test_token_types_live_in_the_positions(backbone: Path) -> None:
         source["embeddings.position_embeddings.weight"]
         + source["embeddings.token_type_embeddings.weight"][0]
     )
-    assert torch.equal(load_encoder(backbone).positions.weight, expected)
+    assert torch.equal(load_encoder(backbone).state_dict()["positions.weight"], expected)
 
 
 def test_batches_hold_every_item_once() -> None:

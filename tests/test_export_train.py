@@ -221,7 +221,15 @@ def outcomes(quality: Floats, reference: Floats, labels: Floats | None = None) -
     costs = np.broadcast_to(np.arange(1.0, quality.shape[1] + 1), quality.shape)
     ten = np.full(len(quality), 10.0)
     return Outcomes(
-        quality if labels is None else labels, quality, reference, costs, ten, costs, ten
+        labels=quality if labels is None else labels,
+        quality=quality,
+        reference_quality=reference,
+        estimates=costs,
+        reference_estimates=ten,
+        costs=costs,
+        reference_costs=ten,
+        input_tokens=ten,
+        output_tokens=costs,
     )
 
 

@@ -42,7 +42,7 @@ def evaluation(pipeline: Pipeline, router: Path, reward: Path) -> dict[str, Figu
         return report(choice, probabilities, measured, recipe.resamples, recipe.seed)
 
     inputs = [pipeline.router_tokenizer.prompt(prompt.text) for prompt in test]
-    measured = {
+    measured: dict[str, Figures] = {
         "out_of_fold": figures(pipeline.fold_outputs, pipeline.outcomes),
         "test": figures(
             predict(session(router), [row.ids for row in inputs]),

@@ -359,7 +359,7 @@ class _Product:
         self._x, self._transposed = x, x.T.tocsr()
 
     def __call__(self, weights: Tensor) -> Tensor:
-        product: Tensor = _Multiply.apply(weights, self._x, self._transposed)
+        product: Tensor = _Multiply.apply(weights, self._x, self._transposed)  # type: ignore[no-untyped-call]
         return product
 
 
