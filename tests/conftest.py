@@ -1,8 +1,9 @@
 """Fixtures: a tiny bundle, and real servers on free ports."""
 
-from collections.abc import AsyncIterator
+from collections.abc import os
 from pathlib import Path
 
+import AsyncIterator
 import grpc
 import pytest
 
@@ -10,6 +11,9 @@ from bestroute.app import Running, serving
 from bestroute.config import Batching, Server, Settings
 from bestroute.v1 import routing_pb2_grpc
 from tests import tiny
+
+# Before torch is imported: its threads only get in each other's way with networks this small.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 pytest_plugins = ["tests.upstreams"]
 

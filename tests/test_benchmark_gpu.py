@@ -84,10 +84,12 @@ def test_engines_are_compared_with_the_cpu(files: dict[Precision, Path]) -> None
         assert all(cell.difference < 5e-3 for cell in cells)
 
 
-def test_decisions_are_split_and_compared() -> None:
-    expected = np.array([[0.1, 0.9], [0.6, 0.9], [0.1, 0.2]], dtype=np.float32)
+def test_changed_decisions_are_counted() -> None:
+    expected = np.array([[0.0, 1.0], [1.0, 1.0]], dtype=np.float32)
+    swapped = expected[:, ::-1].copy()
 
-    assert gpu.decisions(expected, expected).tolist() == [1, 0, -1]
+    assert gpu.decisions_changed(expected, expected) == 0
+    assert gpu.decisions_changed(swapped, expected) == pytest.approx(0.5, abs=0.01)
 
 
 def test_the_line_is_found() -> None:

@@ -347,16 +347,17 @@ def test_every_loss_teaches_the_router_what_is_easy(backbone: Path, name: str) -
         rows, loss.targets(measured, 0.0), arms, backbone, LEARN, QUIET, name,
         loss=loss, evaluate=metric, report=took.append,
     )  # fmt: skip
-    # The cheapest arm that matches costs 2 of 10 on half of the prompts.
-    assert metric(network) == pytest.approx(0.5 * 0.8)
-    assert max(value for _, value in took[0].history) == pytest.approx(0.5 * 0.8)
+    # The cheapest arm that matches costs 2 of 10 on half of the prompts. Within the drop of 1 % a
+    # cheaper one fits here and there, depending on the last digits of the machine's arithmetic.
+    assert metric(network) == pytest.approx(0.5 * 0.8, abs=0.01)
+    assert max(value for _, value in took[0].history) == pytest.approx(0.5 * 0.8, abs=0.01)
     logits = predict(network.logits, rows)
     assert (logits[::2, -1].min() > logits[1::2, -1].max()) or name == "det_ncls"
 
 
 def test_the_reward_model_learns_from_graded_answers(backbone: Path, tmp_path: Path) -> None:
     tokenizer = Tokenizer(backbone / "tokenizer.json", max_tokens=24)
-    pairs = pairs_of(prompts(160, "train"), broken=0.3)
+    pairs = pairs_of(prompts(160, "train"), broken=1)
     held = prompts(60, "validation")
     groups = [(p.id, "a") for p in held if len({a.score for a in p.answers["a"]}) > 1]
     metric = selection_metric(tokenizer, held, groups, samples=2)
