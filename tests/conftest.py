@@ -1,9 +1,9 @@
 """Fixtures: a tiny bundle, and real servers on free ports."""
 
-from collections.abc import os
+import os
+from collections.abc import AsyncIterator
 from pathlib import Path
 
-import AsyncIterator
 import grpc
 import pytest
 

@@ -61,8 +61,8 @@ LIMITS = """\
 - 1 % of quality is near the noise of a few thousand prompts: read the intervals, not the last
   digit.
 - Mean lengths, and which static arm is best to mix or to route to, are taken from all prompts,
-  which flatters the static baselines a little. Calibration and settings of a fold are fitted to
-  predictions for the other folds by models that saw this fold, as in stacking.
+  which flatters the static baselines a little. Settings "held out" are picked on predictions for
+  the other folds by models that saw the held-out fold; calibration is nested and saw nothing of it.
 - Where a file has one answer per LLM and prompt, chance in sampling is in its figures.
 - The majority selector counts votes among all answers sampled, also where fewer are drawn. This
   flatters it for n = 2.
