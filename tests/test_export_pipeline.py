@@ -240,6 +240,7 @@ def test_no_reward_is_fitted_to_the_prompts_it_labels(finished: tuple[Pipeline, 
     names = {path.name for path in pipeline.work.directory.iterdir()}
     assert {"rewards-fold-0.npz", "rewards-fold-1.npz", "rewards-validation.npz"} <= names
     assert {"reward-fold-0.safetensors", "reward-fold-1.safetensors"} <= names
+    assert not any(name.endswith(".checkpoint") for name in names)
 
 
 def test_reward_levels_are_set_on_prompts_new_to_the_reward_model(

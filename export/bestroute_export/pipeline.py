@@ -14,7 +14,8 @@ Who is trained on what:
   router, unseen   trained without the held-out tasks; measured on them only
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from bestroute.promise import rate_for, threshold_for
 from bestroute.tokenizer import Encoded, Tokenizer
 from bestroute_export.batches import in_bfloat16, predict
 from bestroute_export.calibrate import cross_platt, platt
+from bestroute_export.checkpoint import Checkpoint
 from bestroute_export.data import (
     OTHER_PAIRS,
     PRICES,
@@ -49,15 +51,17 @@ from bestroute_export.networks import RewardNetwork, RouterNetwork
 from bestroute_export.outcomes import Group, Outcomes, Pool, decided_by_reward, outcomes, pool_of
 from bestroute_export.pairs import pairs_of
 from bestroute_export.recipe import Recipe
-from bestroute_export.reward import by_group, score_answers, train_reward
+from bestroute_export.reward import by_group, score_answers, selection_metric, train_reward
 from bestroute_export.router import train_router
 from bestroute_export.thresholds import curve
 from bestroute_export.trades import trade_curve, traded
-from bestroute_export.train import TrainConfig
+from bestroute_export.train import TrainConfig, Trained
 from bestroute_export.values import Predictions, ValueNetwork, cross_predict
 from bestroute_export.values import fit as fit_values
 from bestroute_export.work import Work
 
+JUDGED = 200
+"""Groups of validation answers on which the reward model is judged while it trains."""
 QUALITY_DROP = 0.01
 """What the default threshold may cost in quality."""
 
@@ -143,14 +147,42 @@ class Pipeline:
 
     # -- reward model ----------------------------------------------------------------------------
 
-    def _train_reward(self, name: str, pairs: Sequence[Pair]) -> RewardNetwork:
+    def _train_reward(
+        self,
+        name: str,
+        pairs: Sequence[Pair],
+        evaluate: Callable[[RewardNetwork], float] | None = None,
+    ) -> RewardNetwork:
         recipe = self.recipe
-        return self.work.network(
-            name,
-            lambda: RewardNetwork(empty_encoder(recipe.backbone)),
-            lambda: train_reward(
-                pairs, recipe.backbone, self.reward_tokenizer, recipe.reward, self.progress, name
-            ),
+
+        def train() -> RewardNetwork:
+            with self._checkpoint(name) as checkpoint:
+                return train_reward(
+                    pairs,
+                    recipe.backbone,
+                    self.reward_tokenizer,
+                    recipe.reward,
+                    self.progress,
+                    name,
+                    evaluate,
+                    checkpoint,
+                    partial(self._tell, name),
+                )
+
+        return self.work.network(name, lambda: RewardNetwork(empty_encoder(recipe.backbone)), train)
+
+    @contextmanager
+    def _checkpoint(self, name: str) -> Iterator[Checkpoint]:
+        """What an interrupted training goes on from; deleted once it has ended well."""
+        checkpoint = Checkpoint(self.work.directory / f"{name}.checkpoint")
+        yield checkpoint
+        checkpoint.path.unlink(missing_ok=True)
+
+    def _tell(self, name: str, took: Trained) -> None:
+        """Say what a training took."""
+        metrics = "".join(f", {value:.4f} after {step}" for step, value in took.history)
+        self.progress.console.print(
+            f"{name}: {took.steps} steps in {took.seconds:.0f} s{metrics}", highlight=False
         )
 
     def _score(
@@ -177,10 +209,19 @@ class Pipeline:
 
     @cached_property
     def reward(self) -> RewardNetwork:
-        """The reward model that is served: trained on the train pairs of both sources."""
+        """The reward model that is served: trained on the train pairs of both sources.
+
+        Where it is evaluated more than once, the weights are kept that select best on validation.
+        """
         pairs = [pair for pair in self.pairs if pair.split == "train"]
         others = [pair for pair in self._other_pairs if pair.split == "train"]
-        return self._train_reward("reward", pairs + others[:: self.recipe.other_pairs])
+        members = [prompt for prompt in self.prompts if prompt.split == "validation"]
+        groups = decided_by_reward(members, self.pool)[:JUDGED]
+        metric = selection_metric(
+            self.reward_tokenizer, members, groups, min(2, self.recipe.max_samples)
+        )
+        pairs += others[:: self.recipe.other_pairs]
+        return self._train_reward("reward", pairs, metric if groups else None)
 
     @cached_property
     def rewards(self) -> dict[Group, list[float]]:
@@ -209,18 +250,25 @@ class Pipeline:
 
     def _train_encoder(self, name: str, rows: Sequence[int], config: TrainConfig) -> RouterNetwork:
         recipe, arms = self.recipe, self.pool.arms
+
+        def train() -> RouterNetwork:
+            with self._checkpoint(name) as checkpoint:
+                return train_router(
+                    [self.inputs[row].ids for row in rows],
+                    self.outcomes.labels[rows],
+                    arms,
+                    recipe.backbone,
+                    config,
+                    self.progress,
+                    name,
+                    checkpoint=checkpoint,
+                    report=partial(self._tell, name),
+                )
+
         return self.work.network(
             name,
             lambda: RouterNetwork(empty_encoder(recipe.backbone), arms),
-            lambda: train_router(
-                [self.inputs[row].ids for row in rows],
-                self.outcomes.labels[rows],
-                arms,
-                recipe.backbone,
-                config,
-                self.progress,
-                name,
-            ),
+            train,
         )
 
     @cached_property
