@@ -70,7 +70,7 @@ def draw(results: Results, folder: Path) -> None:
 
 
 def _curves(results: Results) -> Figure:
-    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    figure = Figure(figsize=(7.2, 4.9), layout="constrained")
     axes = figure.add_subplot()
     for name, (label, colour, style, width) in LINES.items():
         policy = results.policy(name)
@@ -87,9 +87,9 @@ def _curves(results: Results) -> Figure:
             linewidth=width,
             label=label,
         )
-        if name == SERVED:
+        if name in (SERVED, BASELINE):
             low, high = [drop.low for drop in drops], [drop.high for drop in drops]
-            axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+            axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
     shown = [arm for arm in results.static if arm.drop <= HIGHEST and arm.saving >= 0]
     if shown:
         axes.plot(
@@ -112,7 +112,7 @@ def _curves(results: Results) -> Figure:
     )
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=""))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=""))
-    axes.legend(loc="upper left", fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
 
