@@ -219,7 +219,7 @@ def test_an_idle_server_stops_at_once_with_code_0(tiny_bundle: Path) -> None:
     [
         (["--bundle", "/nowhere"], "a bundle is a directory made by `bestroute-export`"),
         (["--config", "/nowhere.toml"], "start from examples/bestroute.toml"),
-        (["--provider", "cuda"], "this ONNX Runtime can't run on it"),
+        (["--provider", "cuda"], "this ONNX Runtime is built without it"),
     ],
 )
 def test_a_server_that_cannot_start_says_why(
