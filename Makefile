@@ -33,7 +33,7 @@ types: $(VENV)/ready ## check types, strictly
 
 bench: $(VENV)/ready ## measure Route and the start beside the bare session; keeps the figures
 	$(VENV)/bin/python -m benchmarks.route
-	$(VENV)/bin/python -m benchmarks.route --bundle benchmarks/bundles/encoder
+	$(VENV)/bin/python -m benchmarks.route --encoder
 	$(VENV)/bin/python -m benchmarks.startup
 
 proto: $(VENV)/ready ## generate server/bestroute/v1 from proto/

@@ -7,9 +7,9 @@ than the bare session's on the same ids? 32 callers: which share of the bare ses
 throughput is left, with gRPC, tokenizing and the load generator on the same cores? Both sides are
 interleaved, and medians over repeats are quoted, because machines are noisy.
 
-A share of the session's time says something of a router that takes milliseconds, such as the one in
-benchmarks/bundles/encoder (MiniLM-L6, the default bundle's first). The default bundle's n-grams take
-a tenth of one, less than any call: there the absolute times matter.
+A share of the session's time says something of a router that takes milliseconds, such as MiniLM-L6
+(`--encoder`). The default bundle's n-grams take a tenth of one, less than any call: there the
+absolute times matter.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import grpc
@@ -52,11 +53,23 @@ def main() -> int:
     """Run the benchmark, print its table, keep its JSON."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--bundle", type=Path, default=DEFAULT_BUNDLE, help="bundle to serve")
+    parser.add_argument(
+        "--encoder", action="store_true", help="serve the default bundle with MiniLM-L6 as router"
+    )
     parser.add_argument("--prompts", type=int, default=384, help="how many (default: 384)")
     parser.add_argument("--callers", type=int, default=32, help="at saturation (default: 32)")
     parser.add_argument("--repeats", type=int, default=5, help="of each side (default: 5)")
     options = parser.parse_args()
+    with TemporaryDirectory() as directory:
+        if options.encoder:
+            from benchmarks.encoder import write_encoder_bundle  # torch, only where it is needed
 
+            options.bundle = write_encoder_bundle(Path(directory) / "encoder")
+        return measure(options)
+
+
+def measure(options: argparse.Namespace) -> int:
+    """Measure the bundle that the options name."""
     bundle = Bundle.load(options.bundle)
     network, engine = bundle.manifest.router, EngineSettings()
     tokenizer = Tokenizer(bundle.tokenizer_path, max_tokens=network.max_tokens)

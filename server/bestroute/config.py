@@ -67,7 +67,7 @@ class Engine(_Section):
     Attributes:
         provider: cpu, cuda or tensorrt; one that can't be loaded is an error, never the CPU.
         precision: which of the bundle's files to load; unset takes fp32 on the CPU, and on a GPU
-            fp16, else fp32. TensorRT is given fp16 files only, CUDA runs the rest; int8 is for CPUs.
+            fp16, else fp32. TensorRT is given fp16 only, CUDA runs the rest; int8 is for CPUs.
         threads: threads of one run; unset takes the CPUs this process may use (its cgroup quota).
         cache: directory for compiled TensorRT engines, kept between starts.
     """
