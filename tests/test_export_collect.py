@@ -564,6 +564,7 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_written(tmp_path: Path) -> 
 # --- many machines
 
 
+@pytest.mark.timeout(600)  # Ray's start and its workers' imports take minutes on a busy machine
 @pytest.mark.filterwarnings("ignore")  # Ray warns of itself
 def test_ray_collects_and_labels_the_same(
     llmock: LLMock,
