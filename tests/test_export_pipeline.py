@@ -386,6 +386,16 @@ def test_one_file_of_graded_answers_is_enough(data: Path, backbone: Path, tmp_pa
     assert not any(name.startswith("unseen_tasks") for name in manifest.metrics)
 
 
+def test_results_depend_on_the_backbone_however_it_is_stored(
+    backbone: Path, tmp_path: Path
+) -> None:
+    weights = load_file(backbone / "model.safetensors")
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    first = Recipe(backbone=tmp_path).inputs()["backbone"]
+    torch.save({name: 2 * value for name, value in weights.items()}, tmp_path / "pytorch_model.bin")
+    assert Recipe(backbone=tmp_path).inputs()["backbone"] != first
+
+
 def test_answers_that_are_all_alike_train_no_reward_model(
     data: Path, backbone: Path, tmp_path: Path
 ) -> None:

@@ -2,8 +2,8 @@
 
 Shapes: Q prompts, A arms, R bootstrap resamples. Savings and drops are fractions of the reference's
 cost and quality: saving = 1 - sum of costs / sum of the reference's, drop = 1 - mean quality / mean
-quality of the reference. Arms are chosen by costs estimated from mean lengths, as in serving; what
-they then cost is counted at the lengths of the answers sampled.
+quality of the reference. Whatever lengths an arm is chosen by, what it then costs is counted at
+those of the answers sampled.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ Choice = npt.NDArray[np.int64]
 
 
 def routed(probabilities: Floats, measured: Outcomes, threshold: float) -> Choice:
-    """The arm of each prompt, int64 [Q], by the served decision rule."""
+    """The arm of each prompt, int64 [Q], by a threshold, with costs at mean lengths."""
     return choose(probabilities, measured.estimates, threshold)
 
 

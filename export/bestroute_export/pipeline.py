@@ -122,7 +122,8 @@ class Pipeline:
         """
         if self.data.is_dir():
             return read_pairs(self.data)
-        if not pairs_of(self._every_prompt, broken=0):
+        groups = (group for prompt in self._every_prompt for group in prompt.answers.values())
+        if all(len({answer.score for answer in group}) < 2 for group in groups):
             raise DataError(
                 f"{self.data} has no LLM with two answers of different score to a prompt, so no "
                 "reward model can be trained; sample more with `bestroute-export collect`"

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from bestroute_export.encoders import read_config
+from bestroute_export.encoders import read_config, weight_files
 from bestroute_export.train import TrainConfig
 from bestroute_export.values import ValueConfig
 
@@ -38,7 +38,7 @@ class Recipe:
     """Settings of a run.
 
     Attributes:
-        backbone: local directory with `config.json`, `model.safetensors` and `tokenizer.json`.
+        backbone: local directory with `config.json`, weights and `tokenizer.json`.
         reference: the LLM to match.
         max_samples: largest n of an arm.
         reward_folds: parts into which the train prompts are split to cross-fit rewards, 2 or more.
@@ -77,5 +77,7 @@ class Recipe:
 
     def inputs(self) -> dict[str, object]:
         """What results depend on, without paths of this machine."""
-        weights = (self.backbone / "model.safetensors").read_bytes()
-        return {**asdict(self), "backbone": hashlib.sha256(weights).hexdigest()}
+        parts = [
+            hashlib.sha256(path.read_bytes()).hexdigest() for path in weight_files(self.backbone)
+        ]
+        return {**asdict(self), "backbone": " ".join(parts)}
