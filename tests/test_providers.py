@@ -75,8 +75,8 @@ async def test_a_real_llm_answers_three_times(standin: str, samples: str) -> Non
     )
 
     assert [end.error for end in ended] == [None, None, None]
-    # Not all alike. Two may be: a sampler is free to repeat itself, and at a temperature of 0.8 this
-    # one did so in 1 of 60 draws. That each call has a seed of its own is tested further down.
+    # Not all alike. Two may be: a sampler is free to repeat itself, and at a temperature of 0.8
+    # this one did so in 1 of 60 draws. That each call has its own seed is tested further down.
     assert len({end.text for end in ended}) > 1
     assert not any(end.usage.estimated for end in ended)
     total = sum((end.usage for end in ended), Usage())
