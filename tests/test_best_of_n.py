@@ -11,13 +11,16 @@ import pytest
 from llmock.pytest_plugin import LLMock
 
 from bestroute import best_of_n
-from bestroute.best_of_n import BestOfN, Candidate, Event, Execution, Result, Task, best
+from bestroute.best_of_n import BestOfN, Event, Result, Task
+from bestroute.candidate import Candidate, best
 from bestroute.completion import Delta, Usage
 from bestroute.errors import DeadlineExceeded, ProviderFailed
+from bestroute.escalation import ByGate, ByReward, Escalation
 from bestroute.policy import InputBilling
 from bestroute.pricing import ModelPrice
 from bestroute.prompt import Prompt
 from bestroute.providers import Providers, Sampling
+from tests import tiny
 from tests.upstreams import (
     Call,
     Chunk,
@@ -53,20 +56,24 @@ class Rewards:
         return [self.by_answer[answer] for answer in answers]
 
 
-def task(samples: int = 3, *, within: float | None = None, **execution: bool) -> Task:
+FLOOR = ByReward("large", 0.3, 0.0)
+GATE = ByGate("large", tiny.GATE, 20.0, 10, PRICES["large"], 0.0)
+"""Takes three answers if they agree."""
+
+
+def task(samples: int = 3, *, within: float | None = None, **how: Any) -> Task:
     """A task that starts now; `within` so many seconds, if there is a deadline."""
     now = time.monotonic()
     deadline = None if within is None else now + within
     prompt = Prompt.of("What is 2 + 2?")
-    return Task(prompt, "small", samples, Sampling(), Execution(**execution), now, deadline)
+    return Task(prompt, "small", samples, Sampling(), now, deadline, **how)
 
 
 async def events_of(
-    url: str, rewards: Rewards, task: Task, samples: str = "many_calls", **pool: Any
+    url: str, rewards: Rewards, task: Task, samples: str = "many_calls"
 ) -> list[Event]:
-    thresholds: dict[str, Any] = {"accept_reward": 0.9, "escalate_reward": 0.3, **pool}
     async with Providers(served_at(url, samples=samples)) as providers:
-        answering = BestOfN(providers, rewards, PRICES, "large", **thresholds)
+        answering = BestOfN(providers, rewards, PRICES, accept_reward=0.9, agreement_bonus=0.0)
         async with aclosing(answering.run(task)) as events:
             return [event async for event in events]
 
@@ -117,9 +124,41 @@ def candidate(index: int, reward: float | None, finish_reason: str = "stop") -> 
     ],
 )
 def test_the_best_is(candidates: list[Candidate], expected: int | None) -> None:
-    answer = best(candidates)
+    answer = best(candidates, 0.0)
 
     assert expected == (None if answer is None else answer.index)
+
+
+@pytest.mark.parametrize(
+    ("texts", "bonus", "expected"),
+    [
+        pytest.param(["4", "5", "5"], 0.0, 0, id="no-bonus"),
+        pytest.param(["4", "5", "5"], 0.2, 0, id="half-a-bonus-is-not-enough"),
+        pytest.param(["4", "5", "5"], 0.6, 1, id="two-that-agree"),
+        pytest.param(["5", "5", "5"], 9.0, 0, id="all-agree"),
+        pytest.param(["4", "the answer is **5**", "**5**."], 0.6, 1, id="final-answers"),
+        pytest.param(["4", "5"], 9.0, 0, id="two-have-no-majority"),
+    ],
+)
+def test_agreement_adds_to_the_reward(texts: list[str], bonus: float, expected: int) -> None:
+    rewards = [0.3, 0.1, 0.0]
+    candidates = [
+        replace(candidate(index, rewards[index]), text=text) for index, text in enumerate(texts)
+    ]
+    answer = best(candidates, bonus)
+
+    assert answer is not None
+    assert expected == answer.index
+
+
+def test_what_failed_has_no_vote() -> None:
+    candidates = [candidate(0, 0.3), *(candidate(index, None, "error") for index in (1, 2))]
+    candidates = [replace(candidates[0], text="5"), *candidates[1:], candidate(3, 0.2)]
+
+    answer = best(candidates, 9.0)
+
+    assert answer is not None
+    assert answer.index == 0
 
 
 async def test_the_highest_reward_wins_and_all_are_paid_for(upstream: Upstream) -> None:
@@ -157,7 +196,7 @@ async def test_best_of_three_by_a_real_llm(standin: str, samples: str) -> None:
 
     order = replace(task(), sampling=Sampling(max_output_tokens=16, temperature=0.8, seed=1))
     async with Providers(served_at(standin, samples=samples)) as providers:
-        pool = BestOfN(providers, Longest(), PRICES, "large", None, None)
+        pool = BestOfN(providers, Longest(), PRICES, None, 0.0)
         async with aclosing(pool.run(order)) as events:
             candidates, result = parts([event async for event in events])
 
@@ -181,7 +220,7 @@ async def test_scoring_one_does_not_hold_up_the_others(upstream: Upstream) -> No
 
     upstream.scripts = [says("4"), second]
     async with Providers(served_at(upstream.url)) as providers:
-        pool = BestOfN(providers, rewards, PRICES, "large", None, None)
+        pool = BestOfN(providers, rewards, PRICES, None, 0.0)
         async with aclosing(pool.run(task(2))) as events:
             async for event in events:
                 if isinstance(event, Delta) and event.text == "5":
@@ -371,7 +410,7 @@ async def test_scoring_that_takes_too_long_is_given_up(upstream: Upstream) -> No
 async def test_poor_answers_go_to_the_reference(upstream: Upstream) -> None:
     upstream.scripts = [says("3", tokens=5), says("3", tokens=5), says("4", tokens=5)]
     rewards = Rewards({"3": 0.2, "4": 0.7})
-    events = await events_of(upstream.url, rewards, task(2, escalate=True))
+    events = await events_of(upstream.url, rewards, task(2, escalation=FLOOR))
     candidates, result = parts(events)
 
     assert [call.body["model"] for call in upstream.calls] == ["small", "small", "large"]
@@ -389,7 +428,7 @@ async def test_poor_answers_go_to_the_reference(upstream: Upstream) -> None:
 async def test_a_reference_that_does_worse_loses(upstream: Upstream) -> None:
     upstream.scripts = [says("3"), says("4")]
     rewards = Rewards({"3": 0.2, "4": 0.1})
-    _, result = parts(await events_of(upstream.url, rewards, task(1, escalate=True)))
+    _, result = parts(await events_of(upstream.url, rewards, task(1, escalation=FLOOR)))
 
     assert (result.text, result.escalated) == ("3", True)
 
@@ -397,31 +436,73 @@ async def test_a_reference_that_does_worse_loses(upstream: Upstream) -> None:
 async def test_a_reference_that_fails_loses(llmock: LLMock) -> None:
     llmock.reply("3", times=None).fail(400, message="no", model="large")
     rewards = Rewards({"3": 0.2})
-    candidates, result = parts(await events_of(llmock.base_url(), rewards, task(1, escalate=True)))
+    candidates, result = parts(
+        await events_of(llmock.base_url(), rewards, task(1, escalation=FLOOR))
+    )
 
     assert [candidate.finish_reason for candidate in candidates] == ["stop", "error"]
     assert (result.text, result.escalated) == ("3", True)
 
 
-@pytest.mark.parametrize(
-    ("order", "reward", "pool"),
-    [
-        pytest.param(task(1, escalate=True), 0.3, {}, id="good-enough"),
-        pytest.param(task(2), 0.1, {}, id="not-asked-for"),
-        pytest.param(task(1, escalate=True), 0.1, {"escalate_reward": None}, id="no-floor"),
-        pytest.param(
-            replace(task(1, escalate=True), model="large"), 0.1, {}, id="the-reference-itself"
-        ),
-    ],
-)
-async def test_the_reference_is_not_asked_if(
-    upstream: Upstream, order: Task, reward: float, pool: dict[str, Any]
+@pytest.mark.parametrize(("escalation", "reward"), [(FLOOR, 0.3), (None, 0.1)])
+async def test_the_reference_is_not_asked_for_a_good_answer_or_without_an_escalation(
+    upstream: Upstream, escalation: Escalation | None, reward: float
 ) -> None:
-    order = replace(order, started=time.monotonic())
-    _, result = parts(await events_of(upstream.url, Rewards({"4": reward}), order, **pool))
+    order = task(2, escalation=escalation)
+    _, result = parts(await events_of(upstream.url, Rewards({"4": reward}), order))
 
     assert not result.escalated
-    assert order.samples == len(upstream.calls)
+    assert len(upstream.calls) == 2
+
+
+async def test_a_gate_sees_all_answers_though_one_would_be_enough(upstream: Upstream) -> None:
+    """The first answer's reward would cancel the two that disagree with it."""
+    upstream.scripts = [says("4"), says("5", delay=0.1), says("6", delay=0.1), says("7")]
+    rewards = Rewards({"4": 0.95, "5": 0.1, "6": 0.1})
+    order = task(early_stop=True, escalation=GATE)
+    candidates, result = parts(await events_of(upstream.url, rewards, order))
+
+    assert [c.text for c in candidates] == ["4", "5", "6", "7"]
+    assert (result.text, result.escalated, result.candidates_cancelled) == ("7", True, 0)
+    assert candidates[-1].reward is None
+    assert "7" not in rewards.asked
+
+
+async def test_a_gate_scores_no_single_sample(upstream: Upstream) -> None:
+    single = tiny.GATE.model_copy(update={"arm": tiny.ARMS[0]})
+    upstream.scripts = [says("3"), says("4")]
+    order = task(1, escalation=replace(GATE, gate=single))
+    rewards = Rewards()
+    _, result = parts(await events_of(upstream.url, rewards, order))
+
+    assert (result.text, result.escalated, rewards.asked) == ("4", True, [])
+
+
+@pytest.mark.parametrize("escalation", [FLOOR, GATE])
+async def test_past_the_cut_the_reference_is_not_asked(
+    upstream: Upstream, monkeypatch: pytest.MonkeyPatch, escalation: Escalation
+) -> None:
+    monkeypatch.setattr(best_of_n, "CUT_BEFORE_DEADLINE", 30.0)
+    upstream.scripts = [in_turn("3", "4", "5")]
+    rewards = Rewards({"3": 0.1, "4": 0.2, "5": 0.1})
+    order = task(within=30.0, escalation=escalation)
+    _, result = parts(await events_of(upstream.url, rewards, order))
+
+    assert not result.escalated
+    assert {call.body["model"] for call in upstream.calls} == {"small"}
+
+
+async def test_a_gate_s_answers_that_were_cut_are_not_escalated_late(
+    upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(best_of_n, "CUT_BEFORE_DEADLINE", 29.0)
+    upstream.scripts = [says("4"), says("4"), hangs("5")]
+    order = task(within=30.0, escalation=GATE)
+    _, result = parts(await events_of(upstream.url, Rewards({"4": 0.1}), order))
+
+    assert (result.text, result.escalated) == ("4", False)
+    assert result.candidates_cancelled >= 1
+    assert {call.body["model"] for call in upstream.calls} == {"small"}
 
 
 # --- leaving
@@ -430,7 +511,7 @@ async def test_the_reference_is_not_asked_if(
 async def test_who_leaves_stops_the_calls_at_once(upstream: Upstream) -> None:
     upstream.scripts = [hangs("4")]
     async with Providers(served_at(upstream.url)) as providers:
-        pool = BestOfN(providers, Rewards(), PRICES, "large", None, None)
+        pool = BestOfN(providers, Rewards(), PRICES, None, 0.0)
         before = asyncio.all_tasks()
         async with aclosing(pool.run(task())) as events:
             async for _ in events:

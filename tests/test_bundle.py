@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bestroute import bundle
 from bestroute.bundle import DEFAULT_BUNDLE, MANIFEST, Bundle
 from bestroute.config import Engine
 from bestroute.errors import BundleInvalid
@@ -103,6 +104,52 @@ def test_trade_offs_that_contradict_themselves_are_refused(
         Bundle.load(trading)
 
 
+@pytest.fixture
+def gated(tmp_path: Path) -> Path:
+    return tiny.write(tmp_path, gates=[tiny.GATE])
+
+
+def test_an_arm_s_gate_is_found(gated: Path) -> None:
+    manifest = Bundle.load(gated).manifest
+
+    assert manifest.gate(bundle.Arm(model="small", samples=3)) == tiny.GATE
+    assert manifest.gate(bundle.Arm(model="small", samples=1)) is None
+    assert manifest.gate(bundle.Arm(model="medium", samples=3)) is None
+
+
+def test_a_bundle_from_before_gates_has_none(copy: Path) -> None:
+    edit(copy, lambda m: m.pop("gates"))
+
+    assert Bundle.load(copy).manifest.gates == []
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda m: m["gates"][0]["arm"].update(samples=2), "each gate must be of another of"),
+        (lambda m: m["gates"][0]["arm"].update(model="large"), "each gate must be of another of"),
+        (lambda m: m["gates"].append(m["gates"][0]), "each gate must be of another of the arms"),
+        (lambda m: m["gates"][0]["gain"].update(length=None), r"gates\.0\.gain\.length"),
+        (lambda m: m["gates"][0]["trade_offs"]["curve"].reverse(), "rates must rise"),
+    ],
+)
+def test_gates_that_contradict_the_bundle_are_refused(
+    gated: Path, change: Callable[[dict[str, Any]], None], complaint: str
+) -> None:
+    edit(gated, change)
+
+    with pytest.raises(BundleInvalid, match=complaint):
+        Bundle.load(gated)
+
+
+def test_a_manifest_with_a_gate_of_no_arm_can_t_be_made(gated: Path) -> None:
+    values = Bundle.load(gated).manifest.model_dump()
+    values["gates"][0]["arm"]["samples"] = 2
+
+    with pytest.raises(ValueError, match="each gate must be of another of the arms"):
+        bundle.Manifest.model_validate(values)
+
+
 def test_no_bundle_says_what_a_bundle_is(tmp_path: Path) -> None:
     with pytest.raises(BundleInvalid, match="a bundle is a directory made by `bestroute-export`"):
         Bundle.load(tmp_path / "nowhere")
@@ -163,15 +210,15 @@ async def test_a_precision_that_is_not_there_is_named(copy: Path) -> None:
 
 
 async def test_the_default_bundle_is_what_it_says() -> None:
-    bundle = Bundle.load(DEFAULT_BUNDLE)
+    default = Bundle.load(DEFAULT_BUNDLE)
 
-    assert await verify(bundle, Engine()) <= bundle.manifest.golden.tolerance
-    assert bundle.manifest.reference_model == "claude-sonnet-4"
+    assert await verify(default, Engine()) <= default.manifest.golden.tolerance
+    assert default.manifest.reference_model == "claude-sonnet-4"
     samples: dict[str, list[int]] = {}
-    for arm in bundle.manifest.arms:
+    for arm in default.manifest.arms:
         samples.setdefault(arm.model, []).append(arm.samples)
     assert len(samples) == 6
     assert all(
         n == ([1] if model == "llama-4-scout" else [1, 2, 3]) for model, n in samples.items()
     )
-    assert np.isfinite(list(bundle.manifest.metrics.values())).all()
+    assert np.isfinite(list(default.manifest.metrics.values())).all()

@@ -266,6 +266,26 @@ async def test_escalation_replaces_a_bad_answer(
     assert "the reference was asked as well" in done.err
 
 
+async def test_a_model_and_escalate_go_through_the_arm_s_gate(
+    run: Run, settings: Settings, upstream: Upstream, tmp_path: Path
+) -> None:
+    upstream.scripts = [says("1"), says("2"), says("3"), says("4")]
+    served = served_at(upstream.url, "small", "large")
+    gated = tiny.write(tmp_path, gates=[tiny.GATE])
+    both = served.model_copy(update={"bundle": gated, "server": settings.server})
+    flags = ["--model", "small", "--samples", "3", "--escalate"]
+    async with serving(both) as running:
+        strict = await run("generate", "word1", *flags, "--address", running.address)
+        upstream.calls.clear()
+        lax = [*flags, "--max-quality-drop", "0.1"]
+        taken = await run("generate", "word1", *lax, "--address", running.address)
+
+    assert strict.out == "4\n"
+    assert "the reference was asked as well" in strict.err
+    assert taken.out in {"1\n", "2\n", "3\n"}
+    assert "the reference was asked as well" not in taken.err
+
+
 async def test_generate_as_json_is_one_event_per_line(
     run: Run, pool: Running, upstream: Upstream
 ) -> None:
@@ -589,6 +609,25 @@ async def test_bundle_show_draws_the_trade_offs_and_what_they_promise(
     ]
     assert "* default quality per USD: 50" in done.out
     assert "smallest drop promised: 2.0 %, saving 60.0 % at 50" in done.out
+
+
+async def test_bundle_show_lists_what_gates_promise(run: Run, tmp_path: Path) -> None:
+    useless = tiny.GATE.trade_offs.model_copy(update={"curve": tiny.GATE.trade_offs.curve[:1]})
+    gates = [
+        tiny.GATE,
+        tiny.GATE.model_copy(update={"arm": tiny.ARMS[0], "trade_offs": useless}),
+    ]
+
+    done = await run("bundle", "show", str(tiny.write(tmp_path, gates=gates)))
+
+    listed = done.out.partition("\nGates")[2].partition("\n\n")[0].splitlines()
+    assert listed[1].startswith("arm ")
+    assert re.fullmatch(r"small, 3 samples +2\.0 % +40\.0 % +20 *", listed[2])
+    assert re.fullmatch(r"small, 1 sample +saves nothing *", listed[3])
+
+
+async def test_without_gates_none_are_shown(run: Run, tiny_bundle: Path) -> None:
+    assert "Gates" not in (await run("bundle", "show", str(tiny_bundle))).out
 
 
 async def test_bundle_show_as_json_is_the_manifest(run: Run, tiny_bundle: Path) -> None:

@@ -1,12 +1,13 @@
 """From probabilities to a decision, without a server."""
 
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bestroute.bundle import Bundle
-from bestroute.decision import Fallback, Policy, Rate, Rules, Threshold
+from bestroute.decision import Fallback, Policy, Rate, Rules, Threshold, rate_of
 from bestroute.errors import InvalidRequest
 from bestroute.policy import InputBilling
 from bestroute.pricing import ModelPrice
@@ -129,6 +130,62 @@ def test_the_callers_own_arm_is_priced_and_not_judged(rules: Rules) -> None:
     assert decision.arm.match_probability == 0
     assert decision.arm.estimated_cost_usd == pytest.approx(1275e-6)
     assert rules.fixed("large", 1, 10, Policy()).arm.match_probability == 1.0
+
+
+@pytest.mark.parametrize(
+    ("policy", "field"),
+    [
+        (Policy(max_quality_drop=math.nan), "policy.max_quality_drop"),
+        (Policy(min_cost_saving=-0.1), "policy.min_cost_saving"),
+        (Policy(allowed_models=("smal",)), r"policy.allowed_models\[0\]"),
+    ],
+)
+def test_the_callers_own_arm_needs_a_valid_policy_too(
+    rules: Rules, policy: Policy, field: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=field):
+        rules.fixed("small", 3, 10, policy)
+
+
+@pytest.mark.parametrize(
+    ("policy", "rate"),
+    [
+        (Policy(), 20.0),
+        (Policy(match_threshold=0.5), 20.0),
+        (Policy(max_quality_drop=0.0), -20.0),
+        (Policy(max_quality_drop=0.05), 20.0),
+        (Policy(max_quality_drop=1.0), 100.0),
+        (Policy(min_cost_saving=0.1), 20.0),
+        (Policy(min_cost_saving=0.6), 100.0),
+    ],
+)
+def test_targets_pick_a_gate_s_rate(policy: Policy, rate: float) -> None:
+    assert rate_of(tiny.GATE.trade_offs, policy) == rate
+
+
+def test_where_the_callers_own_arm_has_a_gate_its_curve_counts(tmp_path: Path) -> None:
+    """The bundle was measured to save up to 0.9, the gate up to 0.6."""
+    rules = Rules(Bundle.load(tiny.write(tmp_path, gates=[tiny.GATE])).manifest, prices())
+    policy, beyond = Policy(min_cost_saving=0.5), Policy(min_cost_saving=0.7)
+
+    assert rules.fixed("small", 3, 10, policy, gated=True).criterion == Rate(100.0)
+    assert rules.fixed("small", 1, 10, policy, gated=True).criterion == Threshold(0.5)
+    assert rules.fixed("small", 3, 10, policy).criterion == Threshold(0.5)
+    assert rules.fixed("small", 3, 10, beyond).criterion == Threshold(0.2)
+    with pytest.raises(InvalidRequest, match=r"policy\.min_cost_saving: .*save is 0\.600"):
+        rules.fixed("small", 3, 10, beyond, gated=True)
+
+
+def test_a_gate_may_save_more_than_routing(tmp_path: Path) -> None:
+    *rest, most = tiny.GATE.trade_offs.curve
+    curve = [*rest, most.model_copy(update={"cost_saving": 0.99})]
+    trade_offs = tiny.GATE.trade_offs.model_copy(update={"curve": curve})
+    gate = tiny.GATE.model_copy(update={"trade_offs": trade_offs})
+    rules = Rules(Bundle.load(tiny.write(tmp_path, gates=[gate])).manifest, prices())
+
+    decision = rules.fixed("small", 3, 10, Policy(min_cost_saving=0.95), gated=True)
+
+    assert decision.criterion == Rate(100.0)
 
 
 def test_without_the_router_the_reference_answers(rules: Rules) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bestroute.policy import REFERENCE, InputBilling, choose, estimated_cost, trade_off
+from bestroute.policy import REFERENCE, InputBilling, accept, choose, estimated_cost, trade_off
 
 unit = st.floats(0, 1)
 sixteenths = st.integers(-16, 16).map(lambda n: n / 16)  # sums and products of these are exact
@@ -137,6 +137,40 @@ def test_a_gain_or_a_cost_that_is_not_a_number_never_qualifies(gain: float, cost
 
 def test_a_pool_without_arms_leaves_nothing_to_trade() -> None:
     assert trade_off([], [], 1.0, 1.0) == REFERENCE
+
+
+@given(sixteenths, st.integers(0, 12), rates)
+def test_answers_are_accepted_as_an_arm_that_costs_nothing_more(
+    gain: float, reference_cost: int, rate: float
+) -> None:
+    """`trade_off`'s rule, but for a reference that is free: then the gain alone decides."""
+    accepted = bool(accept(gain, reference_cost, rate))
+
+    if reference_cost:
+        assert accepted == (int(trade_off([gain], [0.0], reference_cost, rate)) == 0)
+    else:
+        assert accepted == (gain > 0)
+
+
+@given(st.lists(st.tuples(sixteenths, st.integers(0, 12)), min_size=1, max_size=5), rates)
+def test_accepting_for_many_prompts_is_accepting_for_each(
+    prompts: list[tuple[float, int]], rate: float
+) -> None:
+    gains, costs = np.array(prompts).T
+
+    together = accept(gains, costs, rate)
+
+    assert together.tolist() == [bool(accept(gain, cost, rate)) for gain, cost in prompts]
+
+
+def test_worth_nothing_is_not_accepted() -> None:
+    assert not accept(0.0, 2.0, 0.0)
+    assert not accept(-1.0, 2.0, 0.5)
+    assert accept(-0.9, 2.0, 0.5)
+
+
+def test_a_gain_that_is_not_a_number_is_not_accepted() -> None:
+    assert not accept(math.nan, 1.0, 1000.0)
 
 
 @pytest.mark.parametrize(

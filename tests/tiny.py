@@ -2,8 +2,10 @@
 
 It is a real bundle with real ONNX networks. Words steer it, so that a test can ask for any
 behaviour: see `WORDS`. `write_trading` makes one whose router predicts gains and lengths as well.
+Either takes gates; `GATE` is one.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,6 +50,25 @@ GAIN_WORDS = {"better": 0.1, "worse": -0.1}
 TOKEN_WORDS = {"long": 100.0}
 """What a word adds to the tokens of every model's answer."""
 
+GATE = bundle.Gate(
+    arm=ARMS[1],
+    gain=bundle.Estimate(intercept=-0.1, agreement=0.1, length=0.0, agreement_length=0.0),
+    reference_log_tokens=bundle.Estimate(
+        intercept=float(np.log(100)), agreement=0.0, length=0.0, agreement_length=0.0
+    ),
+    trade_offs=bundle.TradeOffs(
+        curve=[
+            bundle.TradePoint(
+                quality_per_usd=rate, cost_saving=s, quality_drop=q, quality_drop_upper=q + 0.01
+            )
+            for rate, s, q in [(-20.0, 0.0, 0.0), (20.0, 0.4, 0.01), (100.0, 0.6, 0.05)]
+        ],
+        default_quality_per_usd=20.0,
+    ),
+)
+"""Of small x 3. The reference costs 0.0015 USD, so that all three answers have to agree at the
+default rate; at 100 none has to, and at -20 no agreement is enough."""
+
 
 class Head(NamedTuple):
     """Outputs of a network: what each word adds to all of them, a bias for each, and a function."""
@@ -57,14 +78,20 @@ class Head(NamedTuple):
     last: str
 
 
-def write(directory: Path, *, version: str = "tiny-1", max_tokens: int = 32) -> Path:
+def write(
+    directory: Path,
+    *,
+    version: str = "tiny-1",
+    max_tokens: int = 32,
+    gates: Sequence[bundle.Gate] = (),
+) -> Path:
     """Write the bundle to a directory that exists, and return it."""
     golden = bundle.GoldenRoute(prompt="easy", probabilities=probabilities(4.0))
     heads = [Head(WORDS, BIAS, "Sigmoid")]
-    return _write(directory, heads, golden, None, version, max_tokens)
+    return _write(directory, heads, golden, None, version, max_tokens, gates)
 
 
-def write_trading(directory: Path) -> Path:
+def write_trading(directory: Path, *, gates: Sequence[bundle.Gate] = ()) -> Path:
     """Write the bundle with trade-offs to a directory that exists, and return it.
 
     For a prompt of one word that doesn't steer, medium x 2 is worth most at rate 0, medium x 1 at
@@ -91,7 +118,7 @@ def write_trading(directory: Path) -> Path:
         ]
     ]
     trade_offs = bundle.TradeOffs(curve=points, default_quality_per_usd=50.0)
-    return _write(directory, heads, golden, trade_offs, "trading-1", 32)
+    return _write(directory, heads, golden, trade_offs, "trading-1", 32, gates)
 
 
 def _write(
@@ -101,6 +128,7 @@ def _write(
     trade_offs: bundle.TradeOffs | None,
     version: str,
     max_tokens: int,
+    gates: Sequence[bundle.Gate],
 ) -> Path:
     tokenizer = _tokenizer(directory / "tokenizer.json")
     _network(directory / "router.onnx", tokenizer, heads)
@@ -133,6 +161,7 @@ def _write(
         default_match_threshold=0.5,
         curve=curve,
         trade_offs=trade_offs,
+        gates=[*gates],
         metrics={"cost_saving": 0.5},
         provenance={"data": "none"},
         golden=bundle.Golden(

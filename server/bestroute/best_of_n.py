@@ -11,9 +11,11 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from bestroute.candidate import Candidate, best
 from bestroute.completion import CANCELLED, Delta, Ended, Finished, Usage
 from bestroute.completion import Event as Progress
 from bestroute.errors import DeadlineExceeded, ProviderFailed
+from bestroute.escalation import Escalation
 from bestroute.pricing import ModelPrice, cost
 from bestroute.prompt import Prompt
 from bestroute.providers import Providers, Sampling
@@ -36,19 +38,6 @@ class Scores(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Execution:
-    """How the samples are run.
-
-    Attributes:
-        early_stop: cancel the rest once a reward reaches the pool's `accept_reward`.
-        escalate: ask the reference as well if no reward reaches the pool's `escalate_reward`.
-    """
-
-    early_stop: bool = False
-    escalate: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class Task:
     """What to answer, and how.
 
@@ -57,46 +46,21 @@ class Task:
         model: the LLM to sample from, one of the providers' models.
         samples: n, at least 1.
         sampling: how the LLM samples.
-        execution: how the samples are run.
         started: when the request arrived, as `time.monotonic()`.
         deadline: when the answer is too late, on the same clock; None: never.
+        early_stop: cancel the rest once a reward reaches the pool's `accept_reward`, unless the
+            escalation needs them all.
+        escalation: when to ask the reference as well, which a provider serves; None: never.
     """
 
     prompt: Prompt
     model: str
     samples: int
     sampling: Sampling
-    execution: Execution
     started: float
     deadline: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A candidate that ended, well or badly.
-
-    Attributes:
-        index: which, from 0; the reference's, when escalated to, comes after all others.
-        model: who wrote it.
-        text: the answer; of a failed or cancelled one, what there was of it.
-        reward: None where it wasn't scored.
-        usage: what it used; where one call drew several, the first carries the prompt's tokens.
-        finish_reason: the provider's word (stop, length, content_filter), or cancelled, or error.
-        error: set where it failed, with the provider's words.
-    """
-
-    index: int
-    model: str
-    text: str
-    reward: float | None
-    usage: Usage
-    finish_reason: str
-    error: ProviderFailed | None
-
-    @property
-    def complete(self) -> bool:
-        """Whether this is an answer one can give."""
-        return self.error is None and self.finish_reason != CANCELLED
+    early_stop: bool = False
+    escalation: Escalation | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +76,7 @@ class Result:
         candidates_cancelled: how many were stopped before they ended.
         time_to_first_token: seconds from the request's arrival to the first text of any candidate.
         duration: seconds from the request's arrival to this result.
-        escalated: whether the reference was asked because no reward was good enough.
+        escalated: whether the reference was asked as well.
     """
 
     candidate: int
@@ -129,19 +93,6 @@ class Result:
 Event = Delta | Candidate | Result
 
 
-def best(candidates: Sequence[Candidate]) -> Candidate | None:
-    """The complete candidate of the highest reward; None if none is complete.
-
-    One that was scored wins over any that wasn't. The lowest index wins among equals, which a
-    rerun with the same seed repeats, as the order of finishing would not.
-    """
-    return max(
-        (candidate for candidate in candidates if candidate.complete),
-        key=lambda c: (c.reward is not None, c.reward or 0.0, -c.index),
-        default=None,
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class BestOfN:
     """Answers prompts from a pool of LLMs, by the best of n samples.
@@ -150,19 +101,16 @@ class BestOfN:
         providers: where the LLMs are.
         scores: the reward model.
         prices: of every model, by name.
-        reference: the LLM to escalate to; if no provider serves it, nothing is escalated.
         accept_reward: reward at which an answer is as good as the reference's; None: unknown, and
             nothing is stopped early.
-        escalate_reward: reward below which asking the reference pays; None: unknown, and nothing
-            is escalated.
+        agreement_bonus: see `candidate.best`.
     """
 
     providers: Providers
     scores: Scores
     prices: Mapping[str, ModelPrice]
-    reference: str
     accept_reward: float | None
-    escalate_reward: float | None
+    agreement_bonus: float
 
     async def run(self, task: Task) -> AsyncGenerator[Event, None]:
         """Answer a prompt: deltas and candidates as they come, and last the result.
@@ -221,18 +169,14 @@ class _Run:
 
     async def run(self) -> None:
         """Draw, escalate if need be, and emit the result."""
-        task, pool = self._task, self._pool
-        may_escalate = (
-            task.execution.escalate
-            and pool.escalate_reward is not None
-            and pool.reference != task.model
-            and pool.reference in pool.providers.models
-        )
-        await self._draw(task.model, task.samples, scored=task.samples > 1 or may_escalate)
-        escalated = may_escalate and self._is_poor()
-        if escalated:
-            await self._draw(pool.reference, 1, scored=True)
-        self._emit(self._result(escalated))
+        task, escalation = self._task, self._task.escalation
+        by_reward = escalation is not None and escalation.by_reward
+        await self._draw(task.model, task.samples, scored=task.samples > 1 or by_reward)
+        answer, escalated = best(self._candidates, self._pool.agreement_bonus), False
+        if escalation is not None and self._has_time() and escalation.asks(self._candidates):
+            await self._draw(escalation.reference, 1, scored=by_reward)
+            answer, escalated = escalation.winner(self._candidates), True
+        self._emit(self._result(answer, escalated))
 
     async def _draw(self, model: str, samples: int, *, scored: bool) -> None:
         """Draw samples and score them; every one is reported, come what may."""
@@ -309,26 +253,20 @@ class _Run:
 
     def _is_enough(self, reward: float | None) -> bool:
         """Whether to stop candidates that are still being written."""
-        accept = self._pool.accept_reward
+        accept, escalation = self._pool.accept_reward, self._task.escalation
         return (
-            self._task.execution.early_stop
+            self._task.early_stop
+            and (escalation is None or escalation.by_reward)
             and accept is not None
             and reward is not None
             and reward >= accept
             and not all(draft.settled.is_set() for draft in self._drafts)
         )
 
-    def _is_poor(self) -> bool:
-        """Whether the best reward asks for the reference, and there is time left for it."""
-        floor, answer = self._pool.escalate_reward, best(self._candidates)
+    def _has_time(self) -> bool:
+        """Whether there is time left to ask the reference."""
         cut = self._before_deadline(CUT_BEFORE_DEADLINE)
-        return (
-            floor is not None
-            and answer is not None
-            and answer.reward is not None
-            and answer.reward < floor
-            and (cut is None or time.monotonic() < cut)
-        )
+        return cut is None or time.monotonic() < cut
 
     def _report(self, draft: _Draft) -> None:
         if draft.reported:
@@ -347,8 +285,7 @@ class _Run:
         self._candidates.append(candidate)
         self._emit(candidate)
 
-    def _result(self, escalated: bool) -> Result:
-        answer = best(self._candidates)
+    def _result(self, answer: Candidate | None, escalated: bool) -> Result:
         if answer is None or self._first_text is None:
             raise _failure(self._candidates)
         return Result(

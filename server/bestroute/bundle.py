@@ -83,12 +83,15 @@ class RewardNetwork(Network):
     Both are null where the data decided nothing.
 
     Attributes:
+        agreement_bonus: added to an answer's reward, times the share of the other drawn answers
+            that come to the same final answer, when the best of several is kept.
         accept_reward: answers scoring at least this are on average as good as the reference's,
             so drawing more can't pay.
         escalate_reward: answers scoring below this are on average at most half as good as the
             reference's, so asking the reference pays.
     """
 
+    agreement_bonus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     accept_reward: Finite | None = None
     escalate_reward: Finite | None = None
 
@@ -159,6 +162,39 @@ class TradeOffs(_Frozen):
         return self
 
 
+class Estimate(_Frozen):
+    """A linear model of what drawn answers show; see `bestroute.gate`.
+
+    Attributes:
+        intercept: the constant.
+        agreement: weight of the share of pairs that agree.
+        length: weight of the mean log length.
+        agreement_length: weight of their product.
+    """
+
+    intercept: Finite
+    agreement: Finite
+    length: Finite
+    agreement_length: Finite
+
+
+class Gate(_Frozen):
+    """When the answers of an arm are taken without asking the reference.
+
+    Attributes:
+        arm: whose answers.
+        gain: their expected quality less that of the reference's answer.
+        reference_log_tokens: log of the tokens that the reference's answer is expected to have.
+        trade_offs: what each rate was measured to give where every prompt goes to this arm first,
+            on prompts of tasks that the estimates had not seen, if the data names tasks.
+    """
+
+    arm: Arm
+    gain: Estimate
+    reference_log_tokens: Estimate
+    trade_offs: TradeOffs
+
+
 class GoldenRoute(_Frozen):
     """A prompt and what the router must give for it.
 
@@ -213,6 +249,7 @@ class Manifest(_Frozen):
         curve: calibration table by rising threshold.
         trade_offs: set where the router predicts gains and lengths too. Targets then stand for
             exchange rates; only a threshold that a request sets itself is still one.
+        gates: at most one per arm.
         metrics: figures measured when the bundle was made, by name.
         provenance: where it came from, by topic.
     """
@@ -229,6 +266,7 @@ class Manifest(_Frozen):
     default_match_threshold: Probability
     curve: Annotated[list[CurvePoint], Field(min_length=1)]
     trade_offs: TradeOffs | None = None
+    gates: list[Gate] = []
     metrics: dict[str, Finite]
     provenance: dict[str, str]
     golden: Golden
@@ -245,6 +283,9 @@ class Manifest(_Frozen):
             raise ValueError("an arm is listed twice")
         if any(arm.model == self.reference_model for arm in self.arms):
             raise ValueError("the reference model can't be an arm")
+        gated = [gate.arm for gate in self.gates]
+        if {*gated} - {*self.arms} or len({*gated}) < len(gated):
+            raise ValueError("each gate must be of another of the arms")
         for golden in self.golden.router:
             self._check_lengths(golden)
         thresholds = [point.match_threshold for point in self.curve]
@@ -270,6 +311,10 @@ class Manifest(_Frozen):
     def router_outputs(self) -> int:
         """How many columns the router gives."""
         return len(self.arms) if self.trade_offs is None else 2 * len(self.arms) + len(self.models)
+
+    def gate(self, arm: Arm) -> Gate | None:
+        """The arm's gate, if it has one."""
+        return next((gate for gate in self.gates if gate.arm == arm), None)
 
     def model(self, name: str) -> Model:
         """The pool's model of that name; KeyError if there is none."""

@@ -7,14 +7,16 @@ from dataclasses import asdict
 
 from google.protobuf.duration_pb2 import Duration
 
-from bestroute.best_of_n import Candidate, Execution, Result
+from bestroute.best_of_n import Result
+from bestroute.bundle import Gate, TradeOffs
+from bestroute.candidate import Candidate
 from bestroute.completion import Delta, Usage
 from bestroute.config import Server
 from bestroute.decision import Fallback, Option, Policy
 from bestroute.errors import InvalidRequest
 from bestroute.prompt import ROLES, Message, Prompt
 from bestroute.providers import Sampling
-from bestroute.router import Order, Routed
+from bestroute.router import Execution, Order, Routed
 from bestroute.status import status_of
 from bestroute.text_model import Timing
 from bestroute.v1 import routing_pb2 as pb
@@ -183,6 +185,21 @@ def arm(option: Option) -> pb.Arm:
 def arms(options: Iterable[Option]) -> list[pb.Arm]:
     """The messages for several arms."""
     return [arm(option) for option in options]
+
+
+def trade_offs(value: TradeOffs) -> list[pb.TradeOff]:
+    """The messages for a curve."""
+    return [pb.TradeOff(**point.model_dump()) for point in value.curve]
+
+
+def gate(value: Gate) -> pb.Gate:
+    """The message for a gate."""
+    return pb.Gate(
+        model=value.arm.model,
+        samples=value.arm.samples,
+        trade_offs=trade_offs(value.trade_offs),
+        default_quality_per_usd=value.trade_offs.default_quality_per_usd,
+    )
 
 
 def timing(value: Timing) -> pb.Timing:

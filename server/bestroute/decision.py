@@ -8,7 +8,7 @@ from enum import Enum, auto
 import numpy as np
 import numpy.typing as npt
 
-from bestroute.bundle import Manifest
+from bestroute.bundle import Arm, Manifest, TradeOffs
 from bestroute.config import instead
 from bestroute.errors import InvalidRequest
 from bestroute.policy import REFERENCE, choose, estimated_cost, trade_off
@@ -91,6 +91,19 @@ class Decision:
     options: tuple[Option, ...]
 
 
+def rate_of(trade_offs: TradeOffs, policy: Policy) -> float:
+    """The `quality_per_usd` that a policy's target stands for; a match threshold stands for none.
+
+    Raises:
+        InvalidRequest: nothing was measured to save that much.
+    """
+    if policy.max_quality_drop is not None:
+        return rate_for(trade_offs.curve, policy.max_quality_drop)
+    if policy.min_cost_saving is not None:
+        return least_loss(trade_offs.curve, policy.min_cost_saving).quality_per_usd
+    return trade_offs.default_quality_per_usd
+
+
 class Rules:
     """The decision rule over one bundle's arms at given prices.
 
@@ -116,6 +129,10 @@ class Rules:
         Raises:
             InvalidRequest: names the field and what to send instead.
         """
+        self._check_fields(policy)
+        self.criterion(policy)
+
+    def _check_fields(self, policy: Policy) -> None:
         for field in ("match_threshold", "max_quality_drop", "min_cost_saving"):
             value = getattr(policy, field)
             if value is not None and not 0 <= value <= 1:  # NaN fails this too
@@ -129,7 +146,6 @@ class Rules:
                     f"policy.allowed_models[{index}]",
                     f'there is no model "{name}"{instead(name, self._names)}',
                 )
-        self.criterion(policy)
 
     def criterion(self, policy: Policy) -> Criterion:
         """What the policy's target stands for, by the bundle's calibration curve.
@@ -147,12 +163,7 @@ class Rules:
             elif policy.min_cost_saving is not None:
                 threshold = least_loss(manifest.curve, policy.min_cost_saving).match_threshold
             return Threshold(threshold)
-        rate = trade_offs.default_quality_per_usd
-        if policy.max_quality_drop is not None:
-            rate = rate_for(trade_offs.curve, policy.max_quality_drop)
-        elif policy.min_cost_saving is not None:
-            rate = least_loss(trade_offs.curve, policy.min_cost_saving).quality_per_usd
-        return Rate(rate)
+        return Rate(rate_of(trade_offs, policy))
 
     def decide(self, row: npt.NDArray[np.float32], prompt_tokens: int, policy: Policy) -> Decision:
         """Choose an arm.
@@ -194,21 +205,34 @@ class Rules:
         promising = options[int(np.where(allowed, merits, -np.inf).argmax())]
         return replace(fallback, arm=promising, fallback=Fallback.OVER_BUDGET)
 
-    def fixed(self, model: str, samples: int, prompt_tokens: int, policy: Policy) -> Decision:
+    def fixed(
+        self, model: str, samples: int, prompt_tokens: int, policy: Policy, *, gated: bool = False
+    ) -> Decision:
         """The caller's own choice as a decision; its probability is unknown and given as 0.
 
+        Args:
+            model: one of the pool's.
+            samples: at least 1.
+            prompt_tokens: length of the prompt.
+            policy: need not have been checked.
+            gated: whether the arm's gate, if it has one, is in force: targets are then read off
+                its trade-offs and not the bundle's.
+
         Raises:
-            InvalidRequest: the pool has no such model.
+            InvalidRequest: the pool has no such model, or the policy can't be followed.
         """
         if model not in self._names:
             raise InvalidRequest(
                 "arm.model", f'there is no model "{model}"{instead(model, self._names)}'
             )
+        self._check_fields(policy)
+        gate = self._manifest.gate(Arm(model=model, samples=samples)) if gated else None
+        criterion = Rate(rate_of(gate.trade_offs, policy)) if gate else self.criterion(policy)
         tokens = self._output_tokens(policy)
         reference = self._reference(prompt_tokens, tokens)
         probability = 1.0 if model == reference.model else 0.0
         arm = self._option(model, samples, probability, None, prompt_tokens, tokens)
-        return Decision(arm, reference, self.criterion(policy), None, ())
+        return Decision(arm, reference, criterion, None, ())
 
     def without_router(self, prompt_tokens: int, policy: Policy) -> Decision:
         """What to run when the router model has failed: the reference."""

@@ -1,4 +1,4 @@
-"""Which arm to run, as pure functions: BEST-Route's rule, and the trade of quality against money.
+"""Which arm to run, as pure functions: BEST-Route's rule, and trades of quality against money.
 
 Training, evaluation and serving all call these, so that a threshold or a rate means the same
 everywhere.
@@ -123,3 +123,24 @@ def trade_off(
     tied = qualifies & (most == most.max(axis=-1, keepdims=True))
     best = np.where(tied, c, np.inf).argmin(axis=-1)
     return np.where(qualifies.any(axis=-1), best, REFERENCE).astype(np.int64)
+
+
+def accept(
+    gains: npt.ArrayLike, reference_costs: npt.ArrayLike, quality_per_usd: npt.ArrayLike
+) -> npt.NDArray[np.bool_]:
+    """Whether to take answers that are already drawn, rather than ask the reference as well.
+
+    They are taken if gain + quality_per_usd * reference cost is above 0: `trade_off`'s rule where
+    what the answers cost is spent either way.
+
+    Args:
+        gains: float [...], expected quality of the answers less that of the reference's. Of NaN
+            nothing is taken.
+        reference_costs: float [...], estimated USD of asking the reference.
+        quality_per_usd: finite, float [...], the quality that one dollar is worth.
+
+    Returns:
+        bool [...]; the arguments broadcast against each other.
+    """
+    worth = np.asarray(gains, dtype=np.float64) + np.multiply(quality_per_usd, reference_costs)
+    return np.asarray(worth > 0)

@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bestroute.best_of_n import BestOfN, Event, Execution, Task
-from bestroute.bundle import DEFAULT_BUNDLE, Bundle, Manifest
+from bestroute.best_of_n import BestOfN, Event, Task
+from bestroute.bundle import DEFAULT_BUNDLE, Arm, Bundle, Manifest
 from bestroute.config import Engine as EngineSettings
 from bestroute.config import Settings
-from bestroute.decision import Decision, Policy, Rules
+from bestroute.decision import Decision, Policy, Rules, rate_of
 from bestroute.engine import return_freed_memory
 from bestroute.errors import BestrouteError, BundleInvalid, ProviderFailed
+from bestroute.escalation import ByGate, ByReward, Escalation
 from bestroute.pricing import ModelPrice, prices
 from bestroute.prompt import Prompt
 from bestroute.providers import Providers, Sampling
@@ -43,6 +44,20 @@ class Routed:
     prompt_tokens: int
     truncated: bool
     timing: Timing | None
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """How the samples are run.
+
+    Attributes:
+        early_stop: cancel the rest once a reward reaches the bundle's `accept_reward`.
+        escalate: ask the reference as well where the answers don't convince: by the arm's gate, or
+            where it has none by the bundle's `escalate_reward`.
+    """
+
+    early_stop: bool = False
+    escalate: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +106,9 @@ class Router:
         self._router_model, self._reward_model = router_model, reward_model
         self._served = providers.models
         self._fail_open = fail_open
+        of = manifest.reward
         self._best_of_n = BestOfN(
-            providers,
-            self._rewards,
-            prices,
-            manifest.reference_model,
-            manifest.reward.accept_reward,
-            manifest.reward.escalate_reward,
+            providers, self._rewards, prices, of.accept_reward, of.agreement_bonus
         )
 
     async def decide(
@@ -158,16 +169,17 @@ class Router:
                 f"{', '.join(sorted(self._served)) or 'none'}. "
                 f'Add [models."{arm.model}"] to the server\'s configuration'
             )
-        yield routed
         task = Task(
             order.prompt,
             arm.model,
             arm.samples,
             order.sampling,
-            order.execution,
             order.started,
             order.deadline,
+            order.execution.early_stop,
+            self._escalation(order, routed),
         )
+        yield routed
         async with aclosing(self._best_of_n.run(task)) as events:
             async for event in events:
                 yield event
@@ -182,8 +194,31 @@ class Router:
             return await self.decide(order.prompt, policy, deadline=order.deadline)
         encoded = await self._router_model.encode(order.prompt.text)
         model, samples = order.arm
-        decision = self.rules.fixed(model, samples, encoded.prompt_tokens, order.policy)
-        return Routed(decision, encoded.prompt_tokens, encoded.truncated, None)
+        tokens, gated = encoded.prompt_tokens, self._may_escalate(order)
+        decision = self.rules.fixed(model, samples, tokens, order.policy, gated=gated)
+        return Routed(decision, tokens, encoded.truncated, None)
+
+    def _may_escalate(self, order: Order) -> bool:
+        return order.execution.escalate and self.manifest.reference_model in self._served
+
+    def _escalation(self, order: Order, routed: Routed) -> Escalation | None:
+        """When to ask the reference as well; None: never.
+
+        Raises:
+            InvalidRequest: the arm's gate was not measured to save as much as the policy asks.
+        """
+        manifest, arm = self.manifest, routed.decision.arm
+        reference, floor = manifest.reference_model, manifest.reward.escalate_reward
+        bonus = manifest.reward.agreement_bonus
+        if arm.model == reference or not self._may_escalate(order):
+            return None
+        if gate := manifest.gate(Arm(model=arm.model, samples=arm.samples)):
+            # The gate's savings are those of sending it every prompt: no target for routed ones.
+            asked = order.policy if order.arm else replace(order.policy, min_cost_saving=None)
+            rate = rate_of(gate.trade_offs, asked)
+            price = self.prices[reference]
+            return ByGate(reference, gate, rate, routed.prompt_tokens, price, bonus)
+        return None if floor is None else ByReward(reference, floor, bonus)
 
     async def _rewards(self, prompt: Prompt, answers: Sequence[str]) -> Sequence[float]:
         return (await self.score(prompt, answers)).rewards

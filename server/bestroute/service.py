@@ -162,10 +162,9 @@ class RoutingService:
             ],
             arms=convert.arms(self._router.rules.arms()),
             calibration=[pb.Point(**point.model_dump()) for point in manifest.curve],
-            trade_offs=[pb.TradeOff(**p.model_dump()) for p in trade_offs.curve]
-            if trade_offs
-            else (),
+            trade_offs=convert.trade_offs(trade_offs) if trade_offs else (),
             default_quality_per_usd=trade_offs.default_quality_per_usd if trade_offs else None,
+            gates=[convert.gate(gate) for gate in manifest.gates],
         )
 
     async def _stream_answer(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bestroute.cli.arguments import add_json, described
-from bestroute.cli.terminal import complain, console, facts, percent, table
+from bestroute.cli.terminal import complain, console, count, facts, percent, table
 from bestroute.errors import BundleInvalid
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def add(commands: "Commands") -> None:
         help="print what it holds",
         **described(
             "Print a bundle's models and prices, its arms, what its targets were measured to give "
-            "(by exchange rate or by match threshold), and where it came from.",
+            "(by exchange rate or by match threshold), its gates, and where it came from.",
             "bestroute bundle show",
             "bestroute bundle show ./my-bundle --json | jq .arms",
         ),
@@ -124,6 +124,10 @@ def _sections(manifest: "Manifest") -> "dict[str, RenderableType]":
         "Networks": _networks(manifest),
         "Calibration on validation data": _curve(manifest),
     }
+    if manifest.gates:
+        sections["Gates: that arm first, the reference where its answers don't convince"] = _gates(
+            manifest
+        )
     if manifest.metrics:
         rows = [(name, f"{value:.4g}") for name, value in manifest.metrics.items()]
         sections["Metrics"] = facts(*rows)
@@ -171,6 +175,22 @@ def _curve(manifest: "Manifest") -> "Table":
         return _drawn("threshold", ".3f", manifest.curve, lambda p: p.match_threshold, threshold)
     rate = trade_offs.default_quality_per_usd
     return _drawn("quality per USD", ".4g", trade_offs.curve, lambda p: p.quality_per_usd, rate)
+
+
+def _gates(manifest: "Manifest") -> "Table":
+    """Per gated arm the smallest drop that can be promised while anything is saved."""
+    from bestroute.promise import least_promise
+
+    listed = table("arm", "smallest drop promised (95 %)", "saving", "at quality per USD")
+    for gate in manifest.gates:
+        arm = f"{gate.arm.model}, {count(gate.arm.samples, 'sample')}"
+        if least := least_promise(gate.trade_offs.curve):
+            point = least.point
+            saving, rate = percent(point.cost_saving), f"{point.quality_per_usd:.4g}"
+            listed.add_row(arm, percent(least.quality_drop), saving, rate)
+        else:
+            listed.add_row(arm, "saves nothing", "", "")
+    return listed
 
 
 def _drawn(

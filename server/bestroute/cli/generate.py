@@ -47,6 +47,7 @@ def add(commands: "Commands") -> None:
             'bestroute generate "Write a haiku about rain."',
             "bestroute generate - --early-stop < prompt.txt > answer.txt",
             'bestroute generate "Write a haiku." --model gpt-4o-mini --samples 5',
+            'bestroute generate "What is 17 * 23?" --model gpt-4o-mini --samples 3 --escalate',
         ),
     )
     add_prompt(parser)
@@ -75,7 +76,7 @@ def add(commands: "Commands") -> None:
     execution.add_argument(
         "--escalate",
         action="store_true",
-        help="ask the reference as well where the best answer is too bad",
+        help="ask the reference as well where the answers don't convince",
     )
     add_connection(parser, timeout=120)
     add_json(parser)

@@ -48,7 +48,7 @@ class GenerateOptions(PolicyOptions, total=False):
         stop: strings that end an answer.
         seed: makes sampling repeatable where the provider can.
         early_stop: stop drawing once a candidate is good enough.
-        escalate: ask the reference as well where the best candidate is too bad.
+        escalate: ask the reference as well where the candidates don't convince.
         stream_deltas: whether texts are sent as they come; unset means yes.
     """
 

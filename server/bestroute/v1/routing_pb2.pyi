@@ -343,7 +343,8 @@ class RouteResponse(google.protobuf.message.Message):
     fallback_reason says otherwise, the arm is the one for which expected_gain + quality_per_usd *
     (the reference's cost - its cost) is largest and above 0, among those that cost less than the
     reference. Below 0, it is the gain that each dollar saved had to bring. Where the router model
-    did not run, it is what would have been traded at.
+    did not run, it is what would have been traded at; where the request's own arm has a gate that
+    may escalate, it is the gate's rate.
     """
     @property
     def arm(self) -> Global___Arm:
@@ -602,11 +603,20 @@ class Execution(google.protobuf.message.Message):
     STREAM_DELTAS_FIELD_NUMBER: builtins.int
     early_stop: builtins.bool
     """Stop drawing as soon as a finished candidate reaches the reward at which the bundle measured
-    answers to be as good as the reference's; the rest are cancelled.
+    answers to be as good as the reference's; the rest are cancelled. Not where the arm's gate needs
+    them all; see escalate.
     """
     escalate: builtins.bool
-    """Ask the reference as well where the best reward stays below the floor that the bundle was
-    calibrated with. Without such a floor nothing escalates.
+    """Ask the reference as well where the answers do not convince. If the arm has a gate (see
+    ListArms), that decides by how well its answers agree and how long they are: they are taken if
+    their expected gain over the reference + rate * the reference's expected cost is above 0. The
+    rate is read off the gate's own trade-offs by the request's target; without one, and for a
+    match_threshold, it is the gate's default. Where fewer answers are complete than the arm has
+    samples, the reference is asked too. Its answer is then the result, unless it fails.
+
+    For any other arm the reference is asked where the best reward stays below the floor that the
+    bundle was calibrated with, and the best reward of all is the result. Without such a floor
+    nothing escalates, nor if no provider serves the reference or too little time is left for it.
     """
     stream_deltas: builtins.bool
     """Whether to send deltas; unset means yes."""
@@ -651,7 +661,9 @@ class GenerateRequest(google.protobuf.message.Message):
 
     @property
     def arm(self) -> Global___Arm:
-        """Set: skip the routing and run this model and number of samples (0 means 1)."""
+        """Set: skip the routing and run this model and number of samples (0 means 1). A target of the
+        policy then matters only to the arm's gate.
+        """
 
     def __init__(
         self,
@@ -799,7 +811,7 @@ class Result(google.protobuf.message.Message):
     candidates_cancelled: builtins.int
     """Candidates that were stopped before they ended."""
     escalated: builtins.bool
-    """Whether the reference was asked because the best reward was below the floor."""
+    """Whether the reference was asked as well, because the answers did not convince."""
     @property
     def usage(self) -> Global___Usage:
         """Usage of all candidates together, failed and cancelled ones included."""
@@ -985,6 +997,44 @@ class TradeOff(google.protobuf.message.Message):
 Global___TradeOff: typing_extensions.TypeAlias = TradeOff
 
 @typing.final
+class Gate(google.protobuf.message.Message):
+    """When the answers of an arm are taken without asking the reference. To use it, call Generate with
+    that arm and execution.escalate; a target in the policy picks the rate.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: builtins.int
+    SAMPLES_FIELD_NUMBER: builtins.int
+    TRADE_OFFS_FIELD_NUMBER: builtins.int
+    DEFAULT_QUALITY_PER_USD_FIELD_NUMBER: builtins.int
+    model: builtins.str
+    """The model of the arm whose answers it judges."""
+    samples: builtins.int
+    """That arm's number of samples."""
+    default_quality_per_usd: builtins.float
+    """The rate where a request sets no target."""
+    @property
+    def trade_offs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TradeOff]:
+        """What each rate was measured to give where every prompt goes to this arm first, and to the
+        reference only where its answers do not convince; by rising rate. Savings are net of what the
+        arm costs.
+        """
+
+    def __init__(
+        self,
+        *,
+        model: builtins.str = ...,
+        samples: builtins.int = ...,
+        trade_offs: collections.abc.Iterable[Global___TradeOff] | None = ...,
+        default_quality_per_usd: builtins.float = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["default_quality_per_usd", b"default_quality_per_usd", "model", b"model", "samples", b"samples", "trade_offs", b"trade_offs"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___Gate: typing_extensions.TypeAlias = Gate
+
+@typing.final
 class ListArmsResponse(google.protobuf.message.Message):
     """The pool."""
 
@@ -997,6 +1047,7 @@ class ListArmsResponse(google.protobuf.message.Message):
     CALIBRATION_FIELD_NUMBER: builtins.int
     TRADE_OFFS_FIELD_NUMBER: builtins.int
     DEFAULT_QUALITY_PER_USD_FIELD_NUMBER: builtins.int
+    GATES_FIELD_NUMBER: builtins.int
     bundle_version: builtins.str
     """The bundle that is served."""
     reference_model: builtins.str
@@ -1019,6 +1070,10 @@ class ListArmsResponse(google.protobuf.message.Message):
     def trade_offs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TradeOff]:
         """The calibration table, by rising exchange rate; empty where the bundle makes no trade-offs."""
 
+    @property
+    def gates(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Gate]:
+        """The gates, at most one per arm; empty where the bundle has none."""
+
     def __init__(
         self,
         *,
@@ -1029,10 +1084,11 @@ class ListArmsResponse(google.protobuf.message.Message):
         calibration: collections.abc.Iterable[Global___Point] | None = ...,
         trade_offs: collections.abc.Iterable[Global___TradeOff] | None = ...,
         default_quality_per_usd: builtins.float | None = ...,
+        gates: collections.abc.Iterable[Global___Gate] | None = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_default_quality_per_usd", b"_default_quality_per_usd", "default_quality_per_usd", b"default_quality_per_usd"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_default_quality_per_usd", b"_default_quality_per_usd", "arms", b"arms", "bundle_version", b"bundle_version", "calibration", b"calibration", "default_quality_per_usd", b"default_quality_per_usd", "models", b"models", "reference_model", b"reference_model", "trade_offs", b"trade_offs"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_default_quality_per_usd", b"_default_quality_per_usd", "arms", b"arms", "bundle_version", b"bundle_version", "calibration", b"calibration", "default_quality_per_usd", b"default_quality_per_usd", "gates", b"gates", "models", b"models", "reference_model", b"reference_model", "trade_offs", b"trade_offs"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__default_quality_per_usd: typing_extensions.TypeAlias = typing.Literal["default_quality_per_usd"]
     _WhichOneofArgType__default_quality_per_usd: typing_extensions.TypeAlias = typing.Literal["_default_quality_per_usd", b"_default_quality_per_usd"]

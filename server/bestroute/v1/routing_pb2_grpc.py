@@ -103,7 +103,7 @@ class RoutingServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListArms(self, request, context):
-        """Lists the pool, its prices, the arms and what thresholds and trade-offs were measured to
+        """Lists the pool, its prices, the arms and what thresholds, trade-offs and gates were measured to
         give.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

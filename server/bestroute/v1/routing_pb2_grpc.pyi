@@ -51,7 +51,7 @@ class RoutingServiceStub:
     leaves stops the upstream calls at once.
     """
     ListArms: grpc.UnaryUnaryMultiCallable[bestroute.v1.routing_pb2.ListArmsRequest, bestroute.v1.routing_pb2.ListArmsResponse]
-    """Lists the pool, its prices, the arms and what thresholds and trade-offs were measured to
+    """Lists the pool, its prices, the arms and what thresholds, trade-offs and gates were measured to
     give.
     """
 
@@ -78,7 +78,7 @@ class RoutingServiceAsyncStub(RoutingServiceStub):
     leaves stops the upstream calls at once.
     """
     ListArms: grpc.aio.UnaryUnaryMultiCallable[bestroute.v1.routing_pb2.ListArmsRequest, bestroute.v1.routing_pb2.ListArmsResponse]  # type: ignore[assignment]
-    """Lists the pool, its prices, the arms and what thresholds and trade-offs were measured to
+    """Lists the pool, its prices, the arms and what thresholds, trade-offs and gates were measured to
     give.
     """
 
@@ -132,7 +132,7 @@ class RoutingServiceServicer(metaclass=abc.ABCMeta):
         request: bestroute.v1.routing_pb2.ListArmsRequest,
         context: _ServicerContext,
     ) -> typing.Union[bestroute.v1.routing_pb2.ListArmsResponse, collections.abc.Awaitable[bestroute.v1.routing_pb2.ListArmsResponse]]:
-        """Lists the pool, its prices, the arms and what thresholds and trade-offs were measured to
+        """Lists the pool, its prices, the arms and what thresholds, trade-offs and gates were measured to
         give.
         """
 
