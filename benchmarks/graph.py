@@ -1,23 +1,27 @@
 """Our graph of an encoder beside the library's, in ONNX Runtime on one thread.
 
-    python -m benchmarks.graph [--repeats N]
+    python -m benchmarks.graph [--repeats N] [--openvino]
 
 A reward model in the shape of DeBERTa-v3-small with random weights: as transformers' own model
 exported by PyTorch and run with ONNX Runtime's defaults (the stock export), and ours in FP32 and in
 INT8 with the server's options. CPU time of the calling thread, engines taking turns, medians.
+`--openvino` puts OpenVINO beside them, in FP32 and bfloat16, on the FP32 graph.
 """
 
 import argparse
+import importlib.util
 import statistics
 import sys
 import tempfile
 import time
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnxruntime as ort
 import torch
 import transformers
@@ -28,7 +32,7 @@ from torch import Tensor, nn
 
 from benchmarks import record
 from bestroute_export.encoders import load_encoder, store_in_eight_bits
-from bestroute_export.graph import OPSET, export
+from bestroute_export.graph import OPSET, export, fold
 from bestroute_export.networks import RewardNetwork
 from bestroute_export.session import session
 from bestroute_export.verify import company
@@ -119,6 +123,25 @@ def open_session(path: Path, *, tuned: bool) -> Any:
     )
 
 
+class OpenVino:
+    """A file in OpenVINO on one thread, to be run like a session of ONNX Runtime.
+
+    Args:
+        path: the ONNX file. Its constants must be folded: with matrices in 8 bits OpenVINO 2026.4
+            fails to compile it, or computes in dynamic INT8.
+        precision: what it computes in, `f32` or `bf16`.
+    """
+
+    def __init__(self, path: Path, precision: str) -> None:
+        core = importlib.import_module("openvino").Core()
+        hints = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": precision}
+        self._request = core.compile_model(path, "CPU", hints).create_infer_request()
+
+    def run(self, _: None, feeds: dict[str, Ids]) -> list[npt.NDArray[np.float32]]:
+        """The only output, in a list."""
+        return [self._request.infer(feeds)[0].copy()]
+
+
 def _ids(batch: int, tokens: int) -> Ids:
     return np.random.default_rng(tokens).integers(5, CONFIG["vocab_size"], (batch, tokens))
 
@@ -147,7 +170,10 @@ def main() -> int:
     """Export, compare, measure, print the table, keep its JSON."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=40, help="of each shape (default: 40)")
+    parser.add_argument("--openvino", action="store_true", help="measure OpenVINO as well")
     options = parser.parse_args()
+    if options.openvino and not importlib.util.find_spec("openvino"):
+        parser.error("--openvino needs OpenVINO: pip install openvino")
     figures: dict[str, Any] = {}
     table = Table("shape", "engine", "ms", "over stock", "difference", title="One thread")
     with tempfile.TemporaryDirectory() as directory:
@@ -155,6 +181,10 @@ def main() -> int:
         rows = [row.tolist() for length in (1, 7, 33, 100) for row in _ids(2, length)]
         figures["int8 in company"] = company(session(paths["int8"]), rows, 256)
         sessions = {name: open_session(p, tuned=name != "stock") for name, p in paths.items()}
+        if options.openvino:
+            folded = Path(directory, "folded.onnx")
+            onnx.save(fold(onnx.load(paths["fp32"])), folded)
+            sessions |= {f"openvino {p}": OpenVino(folded, p) for p in ("f32", "bf16")}
         for batch, tokens in SHAPES:
             ids = _ids(batch, tokens)
             expected = _run(sessions["stock"], ids)
@@ -178,7 +208,12 @@ def main() -> int:
     Console().print(table)
     kept = record.write(
         "graph",
-        {"model": CONFIG, "repeats": options.repeats, "torch": torch.__version__},
+        {
+            "model": CONFIG,
+            "repeats": options.repeats,
+            "torch": torch.__version__,
+            "openvino": version("openvino") if options.openvino else None,
+        },
         figures,
     )
     print(f"kept in {kept.relative_to(Path.cwd())}")

@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bestroute_export.labels import (
+    Voting,
+    agreement,
     expected_match,
     expected_score,
     match_probability,
@@ -101,3 +103,37 @@ def test_impossible_draws_are_refused(samples: int) -> None:
 def test_a_reward_that_is_not_a_number_is_refused() -> None:
     with pytest.raises(ValueError, match="NaN"):
         selection_weights([1.0, float("nan")], 1)
+
+
+@given(drawn(), st.lists(st.sampled_from("xyz"), min_size=6, max_size=6), GRID)
+def test_votes_count_among_the_answers_that_were_drawn(
+    case: tuple[list[float], list[float], list[float], int], finals: list[str], bonus: float
+) -> None:
+    rewards, _, _, samples = case
+    kept = np.zeros(len(rewards))
+    subsets = list(combinations(range(len(rewards)), samples))
+    for subset in subsets:
+        worth = {
+            index: rewards[index]
+            + bonus
+            * sum(finals[index] == finals[other] for other in subset if other != index)
+            / max(samples - 1, 1)
+            for index in subset
+        }
+        best = max(worth.values())
+        winners = [index for index in subset if worth[index] == pytest.approx(best)]
+        kept[winners] += 1 / len(winners)
+    voting = Voting(tuple(rewards), tuple(finals[: len(rewards)]), bonus)
+    assert selection_weights(voting, samples) == pytest.approx(kept / len(subsets))
+
+
+def test_votes_of_many_answers_are_averaged_over_some_draws() -> None:
+    voting = Voting((0.0,) * 20, ("x",) * 12 + tuple("abcdefgh"), 1.0)
+    weights = selection_weights(voting, 10)
+    assert weights.sum() == pytest.approx(1)
+    assert weights[:12].sum() > 0.99, "the majority nearly always wins"
+    assert np.array_equal(weights, selection_weights(voting, 10)), "the same in every run"
+
+
+def test_agreement_is_with_the_others() -> None:
+    assert agreement(["x", "y", "x"]).tolist() == [0.5, 0.0, 0.5]

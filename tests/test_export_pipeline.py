@@ -18,6 +18,7 @@ from bestroute.bundle import Arm, Bundle
 from bestroute.tokenizer import Tokenizer
 from bestroute_export import data as data_module
 from bestroute_export import pipeline as pipelines
+from bestroute_export import reward_models
 from bestroute_export.__main__ import main
 from bestroute_export.batches import by_budget, pad, predict, shuffled
 from bestroute_export.bundling import write_bundle
@@ -216,7 +217,8 @@ def test_a_second_run_trains_nothing(
 
     for name in ("train_router", "cross_predict", "fit_values"):
         monkeypatch.setattr(pipelines, name, refuse)
-    monkeypatch.setattr(pipelines, "train_reward", refuse)
+    for name in ("train_reward", "fit_wording"):
+        monkeypatch.setattr(reward_models, name, refuse)
     again = Pipeline(first.data, first.work.directory, first.recipe, Progress(disable=True))
     assert again.curve == first.curve
     assert np.array_equal(again.fold_outputs, first.fold_outputs)
@@ -238,8 +240,9 @@ def test_other_settings_need_another_work_directory(finished: tuple[Pipeline, Pa
 def test_no_reward_is_fitted_to_the_prompts_it_labels(finished: tuple[Pipeline, Path]) -> None:
     pipeline, _ = finished
     names = {path.name for path in pipeline.work.directory.iterdir()}
-    assert {"rewards-fold-0.npz", "rewards-fold-1.npz", "rewards-validation.npz"} <= names
-    assert {"reward-fold-0.safetensors", "reward-fold-1.safetensors"} <= names
+    assert {"parts-fold-0.npz", "parts-fold-1.npz", "rewards-validation.npz"} <= names
+    for kind in ("reward", "wording"):
+        assert {f"{kind}-fold-0.safetensors", f"{kind}-fold-1.safetensors"} <= names
     assert not any(name.endswith(".checkpoint") for name in names)
 
 

@@ -110,6 +110,7 @@ def write_bundle(
         reward=RewardEntry(
             files=reward_files,
             max_tokens=recipe.reward_tokens,
+            agreement_bonus=pipeline.reward_models.agreement_bonus,
             accept_reward=accept,
             escalate_reward=escalate,
         ),
@@ -117,6 +118,7 @@ def write_bundle(
         default_match_threshold=pipeline.threshold,
         curve=pipeline.curve,
         trade_offs=pipeline.trade_offs,
+        gates=pipeline.gates,
         metrics=flat(evaluation(pipeline, router, reward)),
         provenance={**sources, **provenance(pipeline)},
         golden=golden(pipeline, router, reward),

@@ -8,6 +8,10 @@ rewards share their ranks' probability evenly. This replaces the Monte Carlo est
 BEST-Route (arXiv 2506.22716, Eq. 4), which draws with replacement and is biased downwards.
 """
 
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
 from math import comb
 
 import numpy as np
@@ -15,15 +19,37 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
+MOST_DRAWS = 200
+"""Draws over which answers that vote are averaged; of more possible ones, that many at random."""
+
 ROUNDING = 1e-9
 """Scores that differ by less are equal: 0.7 is within a slack of 0.1 below 0.8."""
 
 
-def selection_weights(rewards: npt.ArrayLike, samples: int) -> Floats:
+@dataclass(frozen=True)
+class Voting:
+    """Answers to a prompt as a selector sees them that counts agreement as well.
+
+    Attributes:
+        rewards: m proxy rewards.
+        finals: what each answer comes to, see `bestroute.gate.final_answer`.
+        bonus: added to a reward, times the share of the other drawn answers that come to the same.
+    """
+
+    rewards: tuple[float, ...]
+    finals: tuple[str, ...]
+    bonus: float
+
+
+Proxy = Sequence[float] | Floats | Voting
+"""By what a selector keeps one of an LLM's answers to a prompt."""
+
+
+def selection_weights(proxy: Proxy, samples: int) -> Floats:
     """Probability that each answer is the one that best-of-n keeps.
 
     Args:
-        rewards: float [m], proxy rewards of the answers.
+        proxy: rewards of the m answers; or with their votes, which are averaged over draws.
         samples: n, between 1 and m.
 
     Returns:
@@ -32,12 +58,15 @@ def selection_weights(rewards: npt.ArrayLike, samples: int) -> Floats:
     Raises:
         ValueError: n is out of range, or a reward is NaN.
     """
-    rewards = np.asarray(rewards, dtype=np.float64)
+    rewards = np.asarray(proxy.rewards if isinstance(proxy, Voting) else proxy, dtype=np.float64)
     count = len(rewards)
     if not 1 <= samples <= count:
         raise ValueError(f"can't draw {samples} of {count} answers")
     if np.isnan(rewards).any():
         raise ValueError("a reward is NaN")
+    # Of two answers each agrees with the other as much as it with them.
+    if isinstance(proxy, Voting) and samples > 2:
+        return _voted(rewards, proxy, samples)
     by_rank = np.array([comb(rank, samples - 1) for rank in range(count)]) / comb(count, samples)
     _, tie, size = np.unique(rewards, return_inverse=True, return_counts=True)
     ends = np.cumsum(size)
@@ -46,8 +75,44 @@ def selection_weights(rewards: npt.ArrayLike, samples: int) -> Floats:
     return weights
 
 
+def agreement(finals: Sequence[str]) -> Floats:
+    """Share of the others that come to the same final answer, float64 [m]; m is at least 2."""
+    votes = Counter(finals)
+    return np.array([votes[final] - 1 for final in finals]) / (len(finals) - 1)
+
+
+def drawn(proxy: Proxy, draw: Sequence[int]) -> Proxy:
+    """What a selector sees where only some of the answers were drawn."""
+    if isinstance(proxy, Voting):
+        picked = [(proxy.rewards[index], proxy.finals[index]) for index in draw]
+        rewards, finals = zip(*picked, strict=True)
+        return Voting(rewards, finals, proxy.bonus)
+    return [float(proxy[index]) for index in draw]
+
+
+def _voted(rewards: Floats, voting: Voting, samples: int) -> Floats:
+    """`selection_weights` of answers that vote."""
+    _, final = np.unique(voting.finals, return_inverse=True)
+    agree = final[:, None] == final[None, :]  # [m, m]
+    draws = _draws(len(rewards), samples)  # [D, n]
+    others = agree[draws[:, :, None], draws[:, None, :]].sum(2) - 1  # [D, n]
+    ranked = rewards[draws] + voting.bonus * others / (samples - 1)
+    kept = ranked >= ranked.max(1, keepdims=True) - ROUNDING
+    weights = np.zeros(len(rewards))
+    np.add.at(weights, draws, kept / kept.sum(1, keepdims=True) / len(draws))
+    return weights
+
+
+def _draws(count: int, samples: int) -> npt.NDArray[np.int64]:
+    """All ways to draw n of m, int64 [D, n]; or some at random, the same in every run."""
+    if comb(count, samples) <= MOST_DRAWS:
+        return np.array(list(combinations(range(count), samples)))
+    generator = np.random.default_rng(count)
+    return np.array([generator.permutation(count)[:samples] for _ in range(MOST_DRAWS)])
+
+
 def match_probability(
-    rewards: npt.ArrayLike,
+    proxy: Proxy,
     scores: npt.ArrayLike,
     reference: npt.ArrayLike,
     samples: int,
@@ -58,7 +123,7 @@ def match_probability(
     The slack is BEST-Route's t_match (arXiv 2506.22716), which the paper sets to 0.
 
     Args:
-        rewards: float [m], proxy rewards of an LLM's answers.
+        proxy: of an LLM's m answers, see `selection_weights`.
         scores: float [m], scores of the same answers.
         reference: float [r], scores of the reference LLM's answers.
         samples: n.
@@ -66,12 +131,12 @@ def match_probability(
     """
     needed = np.asarray(reference, dtype=np.float64)[None, :] - slack - ROUNDING  # [1, r]
     at_least = np.asarray(scores)[:, None] >= needed  # [m, r]
-    return float(selection_weights(rewards, samples) @ at_least.mean(1))
+    return float(selection_weights(proxy, samples) @ at_least.mean(1))
 
 
-def expected_score(rewards: npt.ArrayLike, scores: npt.ArrayLike, samples: int) -> float:
+def expected_score(proxy: Proxy, scores: npt.ArrayLike, samples: int) -> float:
     """Mean score of what best-of-n keeps; arguments as in `match_probability`."""
-    return float(selection_weights(rewards, samples) @ np.asarray(scores, dtype=np.float64))
+    return float(selection_weights(proxy, samples) @ np.asarray(scores, dtype=np.float64))
 
 
 def expected_match(quality: npt.ArrayLike, reference: npt.ArrayLike, slack: float = 0.0) -> Floats:

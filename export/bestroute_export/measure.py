@@ -11,6 +11,7 @@ from bestroute_export.labels import Floats
 from bestroute_export.outcomes import Outcomes, decided_by_reward, outcomes
 from bestroute_export.pipeline import Pipeline
 from bestroute_export.reward import by_group, pair_accuracy, score_answers, selection
+from bestroute_export.reward_models import voting
 from bestroute_export.session import session
 
 Figures = dict[str, float | Interval]
@@ -32,7 +33,8 @@ def evaluation(pipeline: Pipeline, router: Path, reward: Path) -> dict[str, Figu
     recipe, pool, test = pipeline.recipe, pipeline.pool, pipeline.test
     score = session(reward)
     groups = decided_by_reward(test, pool)
-    rewards = by_group(score_answers(score, pipeline.reward_tokenizer, test, groups), test, groups)
+    scored = by_group(score_answers(score, pipeline.reward_tokenizer, test, groups), test, groups)
+    rewards = voting(test, scored, pipeline.reward_models.agreement_bonus)
     random, selected, perfect = selection(rewards, test, recipe.max_samples)
     pairs = [pair for pair in pipeline.pairs if pair.split == "test"]
 

@@ -17,7 +17,7 @@ from scipy import sparse
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bestroute_export.batches import Ids, by_budget, pad
+from bestroute_export.batches import Ids
 from bestroute_export.labels import Floats
 
 BUCKETS = 1 << 17
@@ -55,6 +55,28 @@ class NgramLinear(nn.Module):
         return out
 
 
+class NgramSum(nn.Module):
+    """One weight per token and token pair, summed over a text by sublinear frequency.
+
+    Without unit length: what two texts share cancels in the difference of their sums.
+
+    Args:
+        buckets: M.
+    """
+
+    weights: Tensor
+
+    def __init__(self, buckets: int = BUCKETS) -> None:
+        super().__init__()
+        self.register_buffer("weights", torch.zeros(buckets, 1))  # [M, 1]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Sums float32 [B, 1]; arguments int64 [B, T], as in `Encoder.forward`."""
+        buckets, frequency, _ = terms(input_ids, attention_mask, len(self.weights))  # [B, N]
+        weights = functional.embedding(buckets, self.weights)[:, :, 0]  # [B, N]
+        return (weights * frequency).sum(1, keepdim=True)
+
+
 def terms(input_ids: Tensor, attention_mask: Tensor, buckets: int) -> tuple[Tensor, Tensor, Tensor]:
     """The n-grams of each row.
 
@@ -72,21 +94,21 @@ def terms(input_ids: Tensor, attention_mask: Tensor, buckets: int) -> tuple[Tens
     return hashed, kept * (1 + count.log()) / count, count
 
 
-@torch.no_grad()
 def frequencies(rows: Sequence[Ids], buckets: int = BUCKETS) -> sparse.csr_matrix:
     """Sublinear term frequencies of many texts, float32 [Q, M]: `terms`, summed by bucket."""
-    parts, places = [], []
-    for batch in by_budget([len(row) for row in rows], 8192):
-        hashed, frequency, _ = terms(*pad([rows[index] for index in batch]), buckets)
-        indptr = np.arange(len(batch) + 1) * hashed.shape[1]
-        part = sparse.csr_matrix(
-            (frequency.numpy().ravel(), hashed.numpy().ravel(), indptr), (len(batch), buckets)
+    places, values, ends = [], [], [0]
+    for row in rows:
+        ids = np.asarray(row, dtype=np.int64)
+        mixed = (ids[:-1] * _FACTOR + ids[1:]) % _PRIME
+        found, counts = np.unique(
+            np.concatenate([ids % buckets, (mixed * 2) % buckets]), return_counts=True
         )
-        part.sum_duplicates()
-        part.eliminate_zeros()
-        parts.append(part)
-        places.append(batch)
-    return sparse.vstack(parts).tocsr()[np.argsort(np.concatenate(places))]
+        places.append(found)
+        values.append((1 + np.log(counts)).astype(np.float32))
+        ends.append(ends[-1] + len(found))
+    return sparse.csr_matrix(
+        (np.concatenate(values), np.concatenate(places), ends), (len(rows), buckets)
+    )
 
 
 def inverse_document_frequencies(counted: sparse.csr_matrix, fewest: int = 2) -> Floats:

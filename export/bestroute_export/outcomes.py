@@ -11,11 +11,11 @@ import numpy as np
 from bestroute.bundle import Arm, Model
 from bestroute.policy import estimated_cost
 from bestroute_export.data import DataError, Price, Prompt
-from bestroute_export.labels import Floats, expected_score, match_probability
+from bestroute_export.labels import Floats, Proxy, expected_score, match_probability
 
 Group = tuple[str, str]
 """A prompt's id and the name of an LLM, for the LLM's answers to the prompt."""
-Rewards = Mapping[Group, Sequence[float]]
+Rewards = Mapping[Group, Proxy]
 """Proxy rewards of a group's answers."""
 
 

@@ -14,9 +14,8 @@ Who is trained on what:
   router, unseen   trained without the held-out tasks; measured on them only
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cached_property, partial
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +23,12 @@ import numpy.typing as npt
 from rich.progress import Progress
 from torch import nn
 
-from bestroute.bundle import CurvePoint, TradeOffs
+from bestroute.bundle import CurvePoint, Gate, TradeOffs
 from bestroute.policy import REFERENCE
 from bestroute.promise import rate_for, threshold_for
 from bestroute.tokenizer import Encoded, Tokenizer
-from bestroute_export.batches import in_bfloat16, predict
+from bestroute_export.batches import predict
 from bestroute_export.calibrate import cross_platt, platt
-from bestroute_export.checkpoint import Checkpoint
 from bestroute_export.data import (
     OTHER_PAIRS,
     PRICES,
@@ -46,22 +44,21 @@ from bestroute_export.data import (
 )
 from bestroute_export.encoders import empty_encoder
 from bestroute_export.evaluate import Choice, routed
+from bestroute_export.gates import gates
 from bestroute_export.labels import Floats
-from bestroute_export.networks import RewardNetwork, RouterNetwork
-from bestroute_export.outcomes import Group, Outcomes, Pool, decided_by_reward, outcomes, pool_of
+from bestroute_export.networks import BlendedReward, RouterNetwork
+from bestroute_export.outcomes import Group, Outcomes, Pool, Rewards, outcomes, pool_of
 from bestroute_export.pairs import pairs_of
 from bestroute_export.recipe import Recipe
-from bestroute_export.reward import by_group, score_answers, selection_metric, train_reward
+from bestroute_export.reward_models import RewardModels
 from bestroute_export.router import train_router
 from bestroute_export.thresholds import curve
 from bestroute_export.trades import trade_curve, traded
-from bestroute_export.train import TrainConfig, Trained
+from bestroute_export.train import TrainConfig, saying
 from bestroute_export.values import Predictions, ValueNetwork, cross_predict
 from bestroute_export.values import fit as fit_values
 from bestroute_export.work import Work
 
-JUDGED = 200
-"""Groups of validation answers on which the reward model is judged while it trains."""
 QUALITY_DROP = 0.01
 """What the default threshold may cost in quality."""
 
@@ -148,93 +145,29 @@ class Pipeline:
 
     # -- reward model ----------------------------------------------------------------------------
 
-    def _train_reward(
-        self,
-        name: str,
-        pairs: Sequence[Pair],
-        evaluate: Callable[[RewardNetwork], float] | None = None,
-    ) -> RewardNetwork:
-        recipe = self.recipe
-
-        def train() -> RewardNetwork:
-            with self._checkpoint(name) as checkpoint:
-                return train_reward(
-                    pairs,
-                    recipe.backbone,
-                    self.reward_tokenizer,
-                    recipe.reward,
-                    self.progress,
-                    name,
-                    evaluate,
-                    checkpoint,
-                    partial(self._tell, name),
-                )
-
-        return self.work.network(name, lambda: RewardNetwork(empty_encoder(recipe.backbone)), train)
-
-    @contextmanager
-    def _checkpoint(self, name: str) -> Iterator[Checkpoint]:
-        """What an interrupted training goes on from; deleted once it has ended well."""
-        checkpoint = Checkpoint(self.work.directory / f"{name}.checkpoint")
-        yield checkpoint
-        checkpoint.path.unlink(missing_ok=True)
-
-    def _tell(self, name: str, took: Trained) -> None:
-        """Say what a training took."""
-        metrics = "".join(f", {value:.4f} after {step}" for step, value in took.history)
-        self.progress.console.print(
-            f"{name}: {took.steps} steps in {took.seconds:.0f} s{metrics}", highlight=False
-        )
-
-    def _score(
-        self, name: str, network: Callable[[], RewardNetwork], groups: Sequence[Group]
-    ) -> dict[Group, list[float]]:
-        answers = self.work.arrays(
-            name,
-            lambda: {
-                "rewards": score_answers(
-                    in_bfloat16(network()), self.reward_tokenizer, self.prompts, groups
-                )
-            },
-        )
-        return by_group(answers["rewards"], self.prompts, groups)
-
-    def _reward_fold(self, fold: int) -> RewardNetwork:
-        count = self.recipe.reward_folds
-        pairs = [
-            pair
-            for pair in self.pairs
-            if pair.split == "train" and fold_of(pair.prompt_id, count) != fold
-        ]
-        return self._train_reward(f"reward-fold-{fold}", pairs)
-
     @cached_property
-    def reward(self) -> RewardNetwork:
-        """The reward model that is served: trained on the train pairs of both sources.
-
-        Where it is evaluated more than once, the weights are kept that select best on validation.
-        """
-        pairs = [pair for pair in self.pairs if pair.split == "train"]
-        others = [pair for pair in self._other_pairs if pair.split == "train"]
-        members = [prompt for prompt in self.prompts if prompt.split == "validation"]
-        groups = decided_by_reward(members, self.pool)[:JUDGED]
-        metric = selection_metric(
-            self.reward_tokenizer, members, groups, min(2, self.recipe.max_samples)
+    def reward_models(self) -> RewardModels:
+        """All that are trained in this run."""
+        return RewardModels(
+            self.recipe,
+            self.work,
+            self.reward_tokenizer,
+            self.progress,
+            self.prompts,
+            self.pairs,
+            self._other_pairs,
+            self.pool,
         )
-        pairs += others[:: self.recipe.other_pairs]
-        return self._train_reward("reward", pairs, metric if groups else None)
 
-    @cached_property
-    def rewards(self) -> dict[Group, list[float]]:
-        """Rewards of the answers on which best-of-n decides; none from a network fitted to them."""
-        count = self.recipe.reward_folds
-        rewards: dict[Group, list[float]] = {}
-        for fold in range(count):
-            members = [p for p in self.prompts if fold_of(p.id, count) == fold]
-            groups = decided_by_reward(members, self.pool)
-            network = partial(self._reward_fold, fold)
-            rewards |= self._score(f"rewards-fold-{fold}", network, groups)
-        return rewards
+    @property
+    def reward(self) -> BlendedReward:
+        """The reward model that is served."""
+        return self.reward_models.served
+
+    @property
+    def rewards(self) -> Rewards:
+        """How answers are ranked on which best-of-n decides; by no model fitted to them."""
+        return self.reward_models.cross_fitted
 
     # -- router ----------------------------------------------------------------------------------
 
@@ -253,7 +186,7 @@ class Pipeline:
         recipe, arms = self.recipe, self.pool.arms
 
         def train() -> RouterNetwork:
-            with self._checkpoint(name) as checkpoint:
+            with self.work.checkpoint(name) as checkpoint:
                 return train_router(
                     [self.inputs[row].ids for row in rows],
                     self.outcomes.labels[rows],
@@ -263,7 +196,7 @@ class Pipeline:
                     self.progress,
                     name,
                     checkpoint=checkpoint,
-                    report=partial(self._tell, name),
+                    report=saying(self.progress, name),
                 )
 
         return self.work.network(
@@ -350,6 +283,21 @@ class Pipeline:
         points = trade_curve(predictions, self.outcomes, self.pool, self.recipe.seed)
         return TradeOffs(curve=points, default_quality_per_usd=rate_for(points, QUALITY_DROP))
 
+    @cached_property
+    def gates(self) -> list[Gate]:
+        """When the answers of an arm convince; measured by whole tasks where prompts name them."""
+        count = self.recipe.router_folds
+        folds = np.array([fold_of(prompt.task or prompt.id, count) for prompt in self.prompts])
+        return gates(
+            self.prompts,
+            self.pool,
+            self.outcomes,
+            self.rewards,
+            folds,
+            QUALITY_DROP,
+            self.recipe.seed,
+        )
+
     def decide(self, outputs: Floats, measured: Outcomes) -> Choice:
         """The arm of each prompt, int64 [Q], by the served rule without a target.
 
@@ -376,4 +324,4 @@ class Pipeline:
             for prompt, arm in zip(self.prompts, choice, strict=True)
             if arm != REFERENCE and prompt.split == "validation"
         ]
-        return self._score("rewards-validation", lambda: self.reward, groups)
+        return self.reward_models.score("rewards-validation", self.reward, groups)

@@ -55,7 +55,7 @@ class Recipe:
     backbone: Path
     reference: str = "claude-sonnet-4"
     max_samples: int = 3
-    reward_folds: int = 2
+    reward_folds: int = 3
     router_folds: int = 5
     reward_tokens: int = 384
     other_pairs: int = 4

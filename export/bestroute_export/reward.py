@@ -118,11 +118,12 @@ def score_answers(
 
 def by_group(
     rewards: Floats, prompts: Sequence[Prompt], groups: Sequence[Group]
-) -> dict[Group, list[float]]:
-    """The rewards that `score_answers` gave, by group."""
+) -> dict[Group, Floats]:
+    """The rewards [N, ...] that `score_answers` gave, by group."""
     by_id = {prompt.id: prompt for prompt in prompts}
-    values = iter(rewards.tolist())
-    return {group: [next(values) for _ in by_id[group[0]].answers[group[1]]] for group in groups}
+    sizes = [len(by_id[identifier].answers[model]) for identifier, model in groups]
+    # What follows the last group is empty.
+    return dict(zip(groups, np.split(rewards, np.cumsum(sizes, dtype=int)), strict=False))
 
 
 def pair_accuracy(function: Function, tokenizer: Tokenizer, pairs: Sequence[Pair]) -> float:
@@ -149,8 +150,8 @@ def selection(
     by_id = {prompt.id: prompt for prompt in prompts}
     scores = []
     for (identifier, model), proxy in rewards.items():
-        if len(proxy) >= samples:
-            truth = [answer.score for answer in by_id[identifier].answers[model]]
+        truth = [answer.score for answer in by_id[identifier].answers[model]]
+        if len(truth) >= samples:
             picked = [
                 expected_score(by, truth, samples) for by in ([0.0] * len(truth), proxy, truth)
             ]

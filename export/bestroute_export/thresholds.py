@@ -12,9 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from bestroute.bundle import CurvePoint, Measured
-from bestroute.policy import REFERENCE
 from bestroute_export.bounds import drop_upper, stays_within
-from bestroute_export.evaluate import Choice, drops, pick, routed, savings
+from bestroute_export.evaluate import Choice, pick, routed
 from bestroute_export.labels import Floats
 from bestroute_export.outcomes import Outcomes
 
@@ -65,21 +64,36 @@ def settings(choices: Choice, measured: Outcomes, seed: int) -> list[tuple[int, 
     Raises:
         ValueError: quality lies outside [0, 1], or the reference never scores.
     """
-    saved = np.array([savings(choice, measured)[0] for choice in choices])
+    reference = measured.reference_quality, measured.reference_costs
+    quality = np.array([pick(choice, measured.quality, reference[0]) for choice in choices])
+    paid = np.array([pick(choice, measured.costs, reference[1]) for choice in choices])
+    return given(quality, paid, measured, seed)
+
+
+def given(
+    quality: Floats, paid: Floats, measured: Outcomes, seed: int
+) -> list[tuple[int, Measured]]:
+    """As `settings`, from what each setting gives each prompt.
+
+    Args:
+        quality: expected, float [L, Q], the strictest setting first.
+        paid: USD, float [L, Q].
+        measured: of the same prompts.
+        seed: of the order in which the bound takes the prompts.
+    """
+    saved = 1 - paid.sum(1) / measured.reference_costs.sum()
+    lost = 1 - quality.sum(1) / measured.reference_quality.sum()
     listed = _evenly(saved)
-    quality = np.array(
-        [pick(choices[level], measured.quality, measured.reference_quality) for level in listed]
-    )
-    upper = drop_upper(quality, measured.reference_quality, seed=seed)
-    if (choices[0] == REFERENCE).all():
-        # Nothing is routed there, whatever the prompts: not a measurement.
+    upper = drop_upper(quality[listed], measured.reference_quality, seed=seed)
+    if (quality[0] == measured.reference_quality).all():
+        # Nothing is lost there, whatever the prompts: not a measurement.
         upper[0] = 0.0
     return [
         (
             level,
             Measured(
                 cost_saving=float(saved[level]),
-                quality_drop=float(drops(choices[level], measured)[0]),
+                quality_drop=float(lost[level]),
                 quality_drop_upper=float(bound),
             ),
         )

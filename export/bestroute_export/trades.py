@@ -8,7 +8,7 @@ from bestroute.policy import trade_off
 from bestroute_export.evaluate import Choice
 from bestroute_export.labels import Floats
 from bestroute_export.outcomes import Outcomes, Pool, costs
-from bestroute_export.thresholds import settings
+from bestroute_export.thresholds import given, settings
 from bestroute_export.values import Predictions
 
 RATES = np.concatenate(
@@ -36,8 +36,22 @@ def trade_curve(
     """
     estimates = costs(pool, measured.input_tokens, predictions.tokens)
     usd = rates(estimates[1])
-    points = settings(by_rate(predictions.gains, *estimates), measured, seed)
-    return [TradePoint(quality_per_usd=float(usd[level]), **dict(point)) for level, point in points]
+    chosen = settings(by_rate(predictions.gains, *estimates), measured, seed)
+    return [TradePoint(quality_per_usd=float(usd[level]), **dict(point)) for level, point in chosen]
+
+
+def points(quality: Floats, paid: Floats, measured: Outcomes, seed: int) -> list[TradePoint]:
+    """The same from what a policy gives each prompt at each of `rates(reference_estimates)`.
+
+    Args:
+        quality: expected, float [L, Q].
+        paid: USD, float [L, Q].
+        measured: of the same prompts.
+        seed: as before.
+    """
+    usd = rates(measured.reference_estimates)
+    listed = given(quality, paid, measured, seed)
+    return [TradePoint(quality_per_usd=float(usd[level]), **dict(point)) for level, point in listed]
 
 
 def rates(reference_costs: Floats) -> Floats:

@@ -78,6 +78,18 @@ class Trained:
     history: tuple[tuple[int, float], ...]
 
 
+def saying(progress: Progress, name: str) -> Callable[[Trained], None]:
+    """Prints what a training of that name took."""
+
+    def say(took: Trained) -> None:
+        metrics = "".join(f", {value:.4f} after {step}" for step, value in took.history)
+        progress.console.print(
+            f"{name}: {took.steps} steps in {took.seconds:.0f} s{metrics}", highlight=False
+        )
+
+    return say
+
+
 def fit(
     network: NetworkT,
     loss: Callable[[Indices], Tensor],

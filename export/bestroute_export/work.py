@@ -1,7 +1,8 @@
 """The work directory: results of finished steps, so that a run goes on where it stopped."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -9,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+from bestroute_export.checkpoint import Checkpoint
 
 INPUTS = "inputs.json"
 
@@ -65,6 +68,13 @@ class Work:
             network = train()
             self._write(path, lambda part: save_file(network.state_dict(), part))
         return network.eval()
+
+    @contextmanager
+    def checkpoint(self, name: str) -> Iterator[Checkpoint]:
+        """What an interrupted training goes on from; deleted once it has ended well."""
+        checkpoint = Checkpoint(self.directory / f"{name}.checkpoint")
+        yield checkpoint
+        checkpoint.path.unlink(missing_ok=True)
 
     def arrays(self, name: str, make: Callable[[], Arrays]) -> Arrays:
         """The arrays of that name."""

@@ -5,9 +5,9 @@ from itertools import combinations
 
 import numpy as np
 
+from bestroute.gate import final_answer
 from bestroute_export.data import Prompt
 from bestroute_export.evaluation.frontier import Frontier
-from bestroute_export.evaluation.selectors import final_answer
 from bestroute_export.labels import Floats
 from bestroute_export.outcomes import Outcomes, Pool
 

@@ -8,8 +8,9 @@ from joblib import parallel_config
 from rich.console import Console
 from rich.progress import Progress
 
-from bestroute_export.evaluation.experiment import read_experiment
-from bestroute_export.evaluation.figures import read_results, write_results
+from bestroute_export.evaluation.experiment import LossExperiment, read_experiment
+from bestroute_export.evaluation.figures import LossResults, Results, read_folder, write_results
+from bestroute_export.evaluation.losses import compare_losses
 from bestroute_export.evaluation.plots import draw
 from bestroute_export.evaluation.report import page
 from bestroute_export.evaluation.study import Study
@@ -54,9 +55,14 @@ def evaluate(options: argparse.Namespace, console: Console) -> None:
         say(f"{name}: {experiment.title}")
         with Progress(console=console) as progress, parallel_config(n_jobs=-1):
             study = Study(name, experiment, options.data, options.work, recipe, progress, say)
-            write_results(summarize(study), folder / f"{name}.json")
-        every = [read_results(path) for path in sorted(folder.glob("*.json"))]
-        for results in every:
-            draw(results, folder)
-        (options.out / "results.md").write_text(page(every), encoding="utf-8")
+            results: Results | LossResults
+            if isinstance(experiment, LossExperiment):
+                results = compare_losses(study, experiment, progress)
+            else:
+                results = summarize(study)
+            write_results(results, folder / f"{name}.json")
+        every, losses = read_folder(folder)
+        for drawn in every:
+            draw(drawn, folder)
+        (options.out / "results.md").write_text(page(every, losses), encoding="utf-8")
     say(f"{options.out / 'results.md'} is written")

@@ -4,10 +4,19 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 Selector = Literal["random", "majority", "trained", "perfect"]
 SELECTORS: tuple[Selector, ...] = get_args(Selector)
+LossName = Literal["prob_nlabels", "det_nlabels", "det_ncls", "prob_2cls", "det_2cls"]
+"""Names in `bestroute_export.losses.LOSSES`."""
 
 
 class ExperimentInvalid(ValueError):
@@ -50,15 +59,36 @@ class Experiment(BaseModel):
     seed: int = 0
 
 
+class LossExperiment(Experiment):
+    """The settings of an experiment that fine-tunes one encoder per loss.
+
+    Attributes:
+        losses: those to compare.
+        fold: the one fold that is predicted; encoders are fine-tuned on the others.
+    """
+
+    losses: Annotated[tuple[LossName, ...], Field(min_length=1)]
+    fold: Annotated[int, Field(ge=0)] = 0
+
+    @field_validator("fold")
+    @classmethod
+    def _one_of_the_folds(cls, fold: int, info: ValidationInfo) -> int:
+        if fold >= info.data.get("folds", fold + 1):
+            raise ValueError(f"there are {info.data['folds']} folds, counted from 0")
+        return fold
+
+
 def read_experiment(path: Path) -> Experiment:
-    """Read an experiment from TOML.
+    """Read an experiment from TOML; one that names losses is a `LossExperiment`.
 
     Raises:
         ExperimentInvalid: the file can't be read, or holds something else.
     """
     try:
         with path.open("rb") as file:
-            return Experiment.model_validate(tomllib.load(file))
+            settings = tomllib.load(file)
+        kind = LossExperiment if "losses" in settings else Experiment
+        return kind.model_validate(settings)
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise ExperimentInvalid(f"{path} can't be read: {error}") from error
     except ValidationError as error:

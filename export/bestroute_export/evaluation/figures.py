@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from bestroute_export.calibrate import Bin
 from bestroute_export.evaluate import Interval
-from bestroute_export.evaluation.experiment import Experiment
+from bestroute_export.evaluation.experiment import Experiment, LossExperiment
 from bestroute_export.labels import Floats
 
 
@@ -148,6 +148,50 @@ class Results(_Figures):
         return next((policy for policy in self.policies if policy.name == name), None)
 
 
+class LossAccount(_Figures):
+    """A policy on one fold under one way to count costs; as in `Account`."""
+
+    saving: Interval
+    drops: dict[int, Interval | None]
+    improvement: Interval
+
+
+class LossPolicy(_Figures):
+    """A policy on one fold under both ways to count costs.
+
+    Attributes:
+        seconds: wall time of fine-tuning; None of what isn't fine-tuned.
+    """
+
+    name: str
+    mean_lengths: LossAccount
+    real_lengths: LossAccount
+    seconds: float | None
+
+
+class LossResults(_Figures):
+    """What the losses gave on one fold.
+
+    Attributes:
+        name: of the experiment's file.
+        prompts: in the fold.
+        trained: prompts in the other folds.
+        models: LLMs to choose from.
+        arm: the one that losses of two classes tell from the reference.
+        fixed: those of the policies that have no setting.
+    """
+
+    name: str
+    experiment: LossExperiment
+    drop: float
+    prompts: int
+    trained: int
+    models: list[str]
+    arm: str
+    policies: list[LossPolicy]
+    fixed: list[Fixed]
+
+
 def interval(values: Floats) -> Interval:
     """A figure and its 95 % interval, from float [1 + R]: as measured, then resampled."""
     return Interval.of(values[:1], values[1:])
@@ -161,7 +205,7 @@ def interval_or_none(values: Floats) -> Interval | None:
     return Interval.of(values[:1], resampled[~np.isnan(resampled)])
 
 
-def write_results(results: Results, path: Path) -> None:
+def write_results(results: Results | LossResults, path: Path) -> None:
     """Store figures as JSON, to six digits after the point."""
     text = json.dumps(_rounded(results.model_dump(mode="json")), indent=1)
     path.write_text(text + "\n", encoding="utf-8")
@@ -178,3 +222,13 @@ def _rounded(value: Any) -> Any:
 def read_results(path: Path) -> Results:
     """Read what `write_results` stored."""
     return Results.model_validate_json(path.read_text(encoding="utf-8"))
+
+
+def read_folder(folder: Path) -> tuple[list[Results], list[LossResults]]:
+    """Read all that `write_results` stored in a folder, by name."""
+    either: TypeAdapter[Results | LossResults] = TypeAdapter(Results | LossResults)
+    every = [either.validate_json(path.read_bytes()) for path in sorted(folder.glob("*.json"))]
+    return (
+        [each for each in every if isinstance(each, Results)],
+        [each for each in every if isinstance(each, LossResults)],
+    )

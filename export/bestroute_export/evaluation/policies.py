@@ -14,7 +14,8 @@ from bestroute.policy import REFERENCE
 from bestroute_export.data import Prompt
 from bestroute_export.evaluate import Choice, oracle
 from bestroute_export.evaluation.agreement import by_agreement
-from bestroute_export.evaluation.frontier import Frontier, best_mixed, hull, mixtures
+from bestroute_export.evaluation.frontier import Folds, Frontier, best_mixed, hull, mixtures
+from bestroute_export.gates import Draws, cascade
 from bestroute_export.labels import Floats, expected_match
 from bestroute_export.outcomes import Outcomes, Pool, costs
 from bestroute_export.thresholds import by_threshold
@@ -76,6 +77,7 @@ def compared(
     foreign: Foreign,
     prompts: Sequence[Prompt],
     agreement: str | None,
+    folds: Folds,
     drop: float,
 ) -> Iterator[Policy]:
     """Every policy, one after the other, since each is large.
@@ -86,7 +88,8 @@ def compared(
         predictions: ours, out of fold.
         foreign: the baselines', out of fold.
         prompts: the prompts, for the answers that agree.
-        agreement: whose answers; None leaves these policies out.
+        agreement: whose answers; None leaves these policies and our gate out.
+        folds: int64 [Q]; a gate for one is fitted to the others.
         drop: for which the static arm of a mixture is the best.
     """
     arms = len(pool.arms)
@@ -102,6 +105,15 @@ def compared(
         yield chosen(SINGLE, by_rate(predictions.gains, *by_length, single))
     yield chosen(AT_MEAN_LENGTHS, by_rate(predictions.gains, *by_mean))
     yield chosen(THRESHOLD, by_threshold(predictions.match, measured))
+    for arm in pool.arms:
+        if arm.model == agreement and arm.samples > 1:
+            # Any of the answers that convinced is kept, so that no reward model has a part in it.
+            draws = Draws.of(prompts, arm, {})
+            yield _of(
+                f"bestroute: {arm.samples} answers of {agreement}, gated",
+                measured,
+                partial(_gated, draws, pool, folds),
+            )
 
     match, hard, quality = np.split(foreign.logistic, [arms, 2 * arms], axis=1)
     yield chosen(BASELINE, by_threshold(match, measured))
@@ -115,8 +127,8 @@ def compared(
     yield chosen("N-label (hard labels): threshold", by_threshold(hard, measured))
     yield chosen("N-class (cheapest that matches)", foreign.likeliest.astype(np.int64)[None])
     yield chosen("50 clusters: threshold", by_threshold(foreign.clusters, measured))
-    arm = int(best_mixed(measured, drop)[0])
-    one = np.where(np.arange(arms) == arm, match, -1.0)
+    best = int(best_mixed(measured, drop)[0])
+    one = np.where(np.arange(arms) == best, match, -1.0)
     yield chosen("Hybrid (best static arm or reference): threshold", by_threshold(one, measured))
 
     if agreement is not None:
@@ -130,6 +142,11 @@ def compared(
     yield _of(HULL, measured, lambda account: mixtures(account, hull(account)))
     yield chosen(ORACLE, oracle(measured)[None])
     yield chosen("always the reference", np.full((1, len(prompts)), REFERENCE))
+
+
+def _gated(draws: Draws, pool: Pool, folds: Folds, measured: Outcomes) -> Frontier:
+    given = cascade(draws, pool, measured, folds)
+    return Frontier.beside_reference(measured, given.quality, given.costs)
 
 
 def _of(name: str, measured: Outcomes, frontier: Callable[[Outcomes], Frontier]) -> Policy:

@@ -3,31 +3,22 @@
 A selector is the reward that it gives each answer, see `bestroute_export.labels`.
 """
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from bestroute_export.batches import in_bfloat16
+from bestroute.gate import final_answer
 from bestroute_export.data import Answer, Prompt
 from bestroute_export.evaluation.experiment import Selector
-from bestroute_export.labels import Floats, expected_score
-from bestroute_export.outcomes import Group, Rewards, decided_by_reward
+from bestroute_export.labels import Floats, Proxy, expected_score
+from bestroute_export.outcomes import Group, Rewards
 from bestroute_export.pipeline import Pipeline
-from bestroute_export.reward import by_group, score_answers
-
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-
-
-def final_answer(text: str) -> str:
-    """What stands in the last <answer> tag, or else the whole text; white space folded."""
-    return " ".join([*_ANSWER.findall(text)[-1:], text][0].split())
 
 
 def rewards_by(
     selector: Selector, prompts: Sequence[Prompt], trained: Rewards | None = None
-) -> dict[Group, Sequence[float]]:
+) -> dict[Group, Proxy]:
     """The rewards that a selector gives all answers.
 
     Args:
@@ -59,22 +50,10 @@ def _rewards(selector: Selector, answers: Sequence[Answer]) -> list[float]:
     return [float(votes[final]) for final in finals]
 
 
-def trained_rewards(pipeline: Pipeline) -> dict[Group, list[float]]:
-    """Rewards of all answers that best-of-n decides on, none from a model fitted to them.
-
-    Train and validation prompts have their cross-fitted rewards, test prompts those of the served
-    reward model.
-    """
-    groups = decided_by_reward(pipeline.test, pipeline.pool)
-    stored = pipeline.work.arrays(
-        "rewards-test",
-        lambda: {
-            "rewards": score_answers(
-                in_bfloat16(pipeline.reward), pipeline.reward_tokenizer, pipeline.test, groups
-            )
-        },
-    )
-    return {**pipeline.rewards, **by_group(stored["rewards"], pipeline.test, groups)}
+def trained_rewards(pipeline: Pipeline) -> dict[Group, Proxy]:
+    """How the answers are ranked that best-of-n decides on; by no model that was fitted to them."""
+    models = pipeline.reward_models
+    return {**models.cross_fitted, **models.of_test(pipeline.test)}
 
 
 def recovered(

@@ -18,7 +18,7 @@ from bestroute_export.evaluation.experiment import Experiment, ExperimentInvalid
 from bestroute_export.evaluation.frontier import Folds, resampling
 from bestroute_export.evaluation.policies import Foreign, hard_labels, qualities
 from bestroute_export.evaluation.selectors import rewards_by, trained_rewards
-from bestroute_export.labels import Floats
+from bestroute_export.labels import Floats, Proxy
 from bestroute_export.outcomes import Group, Outcomes, Pool, Rewards, outcomes, pool_of
 from bestroute_export.pipeline import Pipeline
 from bestroute_export.recipe import Recipe
@@ -123,7 +123,7 @@ class Study:
     # -- what best-of-n keeps --------------------------------------------------------------------
 
     @cached_property
-    def trained(self) -> dict[Group, list[float]]:
+    def trained(self) -> dict[Group, Proxy]:
         """The reward model's rewards."""
         self.say("rewards")
         return trained_rewards(Pipeline(self.data, self._directory, self.recipe, self._progress))

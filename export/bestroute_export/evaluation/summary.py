@@ -60,7 +60,14 @@ def summarize(study: Study) -> Results:
 
     study.say("policies")
     every = compared(
-        measured, pool, predictions, foreign, study.prompts, of.agreement, QUALITY_DROP
+        measured,
+        pool,
+        predictions,
+        foreign,
+        study.prompts,
+        of.agreement,
+        study.folds,
+        QUALITY_DROP,
     )
     policies, fixed = [], []
     for policy in every:
