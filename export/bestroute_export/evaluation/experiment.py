@@ -37,8 +37,9 @@ class Experiment(BaseModel):
         fold_by: whether a part holds single prompts or whole tasks.
         selector: which answer best-of-n keeps: any, the one that most others agree with, the one
             of highest reward, the one of highest score.
-        agreement: the LLM whose answers, where all are equal, are taken without asking the
-            reference, as a baseline that learns nothing; None leaves that baseline out.
+        agreement: the LLM whose answers are taken without asking the reference where a gate is
+            convinced; and where all are equal, as a baseline that learns nothing. None leaves both
+            out.
         resamples: of the bootstrap, over prompts.
         seed: of everything random.
     """

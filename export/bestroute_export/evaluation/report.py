@@ -2,13 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
-from bestroute_export.evaluation.figures import (
-    Account,
-    LossAccount,
-    LossResults,
-    PolicyFigures,
-    Results,
-)
+from bestroute_export.evaluation.figures import Account, LossResults, PolicyFigures, Results
+from bestroute_export.evaluation.losses_report import section
 from bestroute_export.evaluation.markdown import anchor, interval, percent, points, table
 from bestroute_export.evaluation.policies import (
     AT_MEAN_LENGTHS,
@@ -50,33 +45,16 @@ How it is measured:
   anew in each where it is "picked here".
 - **Rules.** A *threshold* takes the cheapest arm predicted to match the reference at least so
   surely, which is BEST-Route's rule. A *trade-off* takes the arm of which expected gain in quality
-  plus rate x expected saving is largest, or the reference if that is below 0.
+  plus rate x expected saving is largest, or the reference if that is below 0. *Gated* is without
+  a router: some answers of one LLM are drawn for every prompt, and taken if a linear model of
+  their agreement and length finds them worth it at the rate; else the reference is asked as well.
+  All answers are paid for, and any of those that convinced is kept.
 - **Baselines.** TF-IDF (words and word pairs, sublinear, in at least two prompts) with one
   scikit-learn logistic regression per arm (C = 1, soft labels). The 32 nearest prompts by frozen
   MiniLM-L6 embedding (mean over tokens, cosine). N-label, N-class, clusters and Hybrid are cheap
   stand-ins for BEST-Route's baselines: linear models or 50-means on the same TF-IDF features, not
   fine-tuned encoders. The oracle knows expected qualities and takes the cheapest arm that is as
   good as the reference.
-"""
-
-LOSSES = """\
-Elsewhere on this page BEST-Route's loss and those it is compared with have linear stand-ins. Here
-each fine-tunes an encoder: the same backbone, the same {trained:,} prompts and the same settings
-(`bestroute_export.recipe.ENCODER_ROUTER`, no early stopping), so that only the losses differ. All
-is measured on the other {prompts:,} prompts, fold {of.fold} of {of.folds} by {of.fold_by}. It is
-one fold because each encoder takes minutes to train. Brackets are over its prompts: they hold
-nothing of what another fold or another seed of the training would give.
-
-- `prob_nlabels`, BEST-Route's: per arm the probability that it matches the reference; threshold.
-- `det_nlabels`, N-label: per arm whether its expected score matches; threshold.
-- `det_ncls`, N-class: which arm is the cheapest that matches, or none. It has no setting.
-- `prob_2cls` and `det_2cls`, Hybrid LLM's: the first two for one arm only, by threshold. It is the
-  static arm that saves most when mixed with the reference on the training folds, {arm}.
-
-"TF-IDF" is logistic regression on TF-IDF for the same targets, decided on in the same way; for
-`prob_nlabels` it is the baseline of the other sections. Rows of bestroute are the value router that
-is served, fitted on the other folds like all else. Probabilities of encoders are not calibrated.
-Fine-tuning is wall time on the machine that made this page.
 """
 
 LIMITS = """\
@@ -92,8 +70,9 @@ LIMITS = """\
 - Where a file has one answer per LLM and prompt, chance in sampling is in its figures.
 - The majority selector counts votes among all answers sampled, also where fewer are drawn. This
   flatters it for n = 2.
-- Reward models are trained on pairs of the train split, cross-fitted by prompt. In "by task" they
-  have seen other prompts of the tasks that the router has not.
+- Reward models are trained on pairs of the train split, cross-fitted by prompt, each on part of
+  them; the three weights of a blend are fitted to all. In "by task" they have seen other prompts of
+  the tasks that the router has not. Gates have not.
 """
 
 
@@ -110,7 +89,7 @@ def page(every: Sequence[Results], losses: Sequence[LossResults] = ()) -> str:
     for results in every:
         parts += _section(results)
     for of_losses in losses:
-        parts += _losses(of_losses)
+        parts += section(of_losses)
     return "\n".join([*parts, LIMITS])
 
 
@@ -331,59 +310,6 @@ def _rewordings(results: Results) -> Iterator[str]:
         ((name, percent(share)) for name, share in results.stable.items()),
     )
     yield ""
-
-
-def _losses(results: LossResults) -> Iterator[str]:
-    of = results.experiment
-    yield f"## {of.title}\n"
-    yield (
-        f"`experiments/{results.name}.toml`: `{of.prompts}`, n up to {of.max_samples}. "
-        f"Reference: {of.reference}; LLMs to choose from: {', '.join(results.models)}.\n"
-    )
-    yield LOSSES.format(trained=results.trained, prompts=results.prompts, of=of, arm=results.arm)
-    yield f"Cost saved at a drop of at most {percent(results.drop)}, picked here:\n"
-    yield from table(
-        ("policy", "mean lengths", "real lengths", "AIQ", "fine-tuning, s"),
-        (
-            (
-                policy.name,
-                interval(policy.mean_lengths.saving),
-                interval(policy.real_lengths.saving),
-                interval(policy.real_lengths.improvement),
-                "" if policy.seconds is None else f"{policy.seconds:.0f}",
-            )
-            for policy in results.policies
-        ),
-    )
-    yield "\nSmallest quality drop of any setting that saves so much; below 0 is better:\n"
-    listed = list(results.policies[0].real_lengths.drops)
-    yield from table(
-        (
-            "policy",
-            *(f"{saved} % saved, mean lengths" for saved in listed),
-            *(f"{saved} %, real lengths" for saved in listed),
-        ),
-        (
-            (
-                policy.name,
-                *(_loss_drop(policy.mean_lengths, saved) for saved in listed),
-                *(_loss_drop(policy.real_lengths, saved) for saved in listed),
-            )
-            for policy in results.policies
-        ),
-    )
-    for policy in results.fixed:
-        yield (
-            f"\n{policy.name}, has one setting: it saves {percent(policy.mean_saving)} at mean "
-            f"lengths and {percent(policy.saving)} at real lengths, and drops "
-            f"{percent(policy.drop)}."
-        )
-    yield ""
-
-
-def _loss_drop(account: LossAccount, saved: int) -> str:
-    figure = account.drops[saved]
-    return "" if figure is None else interval(figure)
 
 
 def _of(results: Results, name: str) -> PolicyFigures:
