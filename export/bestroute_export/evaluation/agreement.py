@@ -1,15 +1,25 @@
 """A baseline that learns nothing: equal answers are right, unequal ones go to the reference."""
 
+import re
 from collections.abc import Sequence
 from itertools import combinations
 
 import numpy as np
 
-from bestroute.gate import final_answer
 from bestroute_export.data import Prompt
 from bestroute_export.evaluation.frontier import Frontier
 from bestroute_export.labels import Floats
 from bestroute_export.outcomes import Outcomes, Pool
+
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+
+
+def tagged_answer(text: str) -> str:
+    """What stands in the last <answer> tag, or else the whole text; white space folded.
+
+    Plainer than the served `bestroute.gate.final_answer`, which knows other marks as well.
+    """
+    return " ".join([*_ANSWER.findall(text)[-1:], text][0].split())
 
 
 def accepted(prompts: Sequence[Prompt], model: str, samples: int) -> tuple[Floats, Floats]:
@@ -28,7 +38,7 @@ def accepted(prompts: Sequence[Prompt], model: str, samples: int) -> tuple[Float
     rows = []
     for prompt in prompts:
         answers = prompt.answers[model]
-        finals = [final_answer(answer.text) for answer in answers]
+        finals = [tagged_answer(answer.text) for answer in answers]
         draws = list(combinations(range(len(answers)), samples))
         equal = [draw for draw in draws if len({finals[index] for index in draw}) == 1]
         score = sum(np.mean([answers[index].score for index in draw]) for draw in equal)

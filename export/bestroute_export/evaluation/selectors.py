@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from bestroute.gate import final_answer
 from bestroute_export.data import Answer, Prompt
+from bestroute_export.evaluation.agreement import tagged_answer
 from bestroute_export.evaluation.experiment import Selector
 from bestroute_export.labels import Floats, Proxy, expected_score
 from bestroute_export.outcomes import Group, Rewards
@@ -45,7 +45,7 @@ def _rewards(selector: Selector, answers: Sequence[Answer]) -> list[float]:
         return [answer.score for answer in answers]
     if selector == "random":
         return [0.0] * len(answers)
-    finals = [final_answer(answer.text) for answer in answers]
+    finals = [tagged_answer(answer.text) for answer in answers]
     votes = Counter(finals)
     return [float(votes[final]) for final in finals]
 
