@@ -15,7 +15,7 @@ from bestroute_export.data import Answer, Prompt
 from bestroute_export.encoders import empty_encoder
 from bestroute_export.encoders.bert import LAYER_PARTS, PARTS, renamed
 from bestroute_export.evaluation import baselines, summary
-from bestroute_export.evaluation.agreement import accepted, by_agreement
+from bestroute_export.evaluation.agreement import accepted, by_agreement, tagged_answer
 from bestroute_export.evaluation.experiment import ExperimentInvalid, read_experiment
 from bestroute_export.evaluation.figures import read_results
 from bestroute_export.evaluation.frontier import (
@@ -31,7 +31,7 @@ from bestroute_export.evaluation.frontier import (
 from bestroute_export.evaluation.markdown import anchor, percent
 from bestroute_export.evaluation.policies import BASELINE, ORACLE, SERVED
 from bestroute_export.evaluation.rewordings import REWORDINGS
-from bestroute_export.evaluation.selectors import final_answer, recovered, rewards_by
+from bestroute_export.evaluation.selectors import recovered, rewards_by
 from bestroute_export.outcomes import Outcomes, Pool
 from tests import tiny
 
@@ -124,8 +124,8 @@ def prompt(answers: list[tuple[str, float]], name: str = "q") -> Prompt:
         ("just  42\n", "just 42"),
     ],
 )
-def test_the_final_answer_is_in_the_last_tag(text: str, final: str) -> None:
-    assert final_answer(text) == final
+def test_a_tagged_answer_is_in_the_last_tag(text: str, final: str) -> None:
+    assert tagged_answer(text) == final
 
 
 def test_selectors_close_the_gap_as_far_as_they_see() -> None:
