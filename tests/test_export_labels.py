@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from bestroute_export.labels import (
     Voting,
-    agreement,
     expected_match,
     expected_score,
     match_probability,
@@ -133,7 +132,3 @@ def test_votes_of_many_answers_are_averaged_over_some_draws() -> None:
     assert weights.sum() == pytest.approx(1)
     assert weights[:12].sum() > 0.99, "the majority nearly always wins"
     assert np.array_equal(weights, selection_weights(voting, 10)), "the same in every run"
-
-
-def test_agreement_is_with_the_others() -> None:
-    assert agreement(["x", "y", "x"]).tolist() == [0.5, 0.0, 0.5]

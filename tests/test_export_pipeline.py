@@ -217,8 +217,7 @@ def test_a_second_run_trains_nothing(
 
     for name in ("train_router", "cross_predict", "fit_values"):
         monkeypatch.setattr(pipelines, name, refuse)
-    for name in ("train_reward", "fit_wording"):
-        monkeypatch.setattr(reward_models, name, refuse)
+    monkeypatch.setattr(reward_models, "train_reward", refuse)
     again = Pipeline(first.data, first.work.directory, first.recipe, Progress(disable=True))
     assert again.curve == first.curve
     assert np.array_equal(again.fold_outputs, first.fold_outputs)
@@ -240,9 +239,8 @@ def test_other_settings_need_another_work_directory(finished: tuple[Pipeline, Pa
 def test_no_reward_is_fitted_to_the_prompts_it_labels(finished: tuple[Pipeline, Path]) -> None:
     pipeline, _ = finished
     names = {path.name for path in pipeline.work.directory.iterdir()}
-    assert {"parts-fold-0.npz", "parts-fold-1.npz", "rewards-validation.npz"} <= names
-    for kind in ("reward", "wording"):
-        assert {f"{kind}-fold-0.safetensors", f"{kind}-fold-1.safetensors"} <= names
+    assert {"rewards-fold-0.npz", "rewards-fold-1.npz", "rewards-validation.npz"} <= names
+    assert {"reward-fold-0.safetensors", "reward-fold-1.safetensors"} <= names
     assert not any(name.endswith(".checkpoint") for name in names)
 
 

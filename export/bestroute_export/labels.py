@@ -8,7 +8,6 @@ rewards share their ranks' probability evenly. This replaces the Monte Carlo est
 BEST-Route (arXiv 2506.22716, Eq. 4), which draws with replacement and is biased downwards.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -73,12 +72,6 @@ def selection_weights(proxy: Proxy, samples: int) -> Floats:
     totals = np.array([by_rank[end - n : end].sum() for end, n in zip(ends, size, strict=True)])
     weights: Floats = (totals / size)[tie]
     return weights
-
-
-def agreement(finals: Sequence[str]) -> Floats:
-    """Share of the others that come to the same final answer, float64 [m]; m is at least 2."""
-    votes = Counter(finals)
-    return np.array([votes[final] - 1 for final in finals]) / (len(finals) - 1)
 
 
 def drawn(proxy: Proxy, draw: Sequence[int]) -> Proxy:

@@ -75,7 +75,7 @@ def reward_levels(pipeline: Pipeline) -> tuple[float | None, float | None]:
     rewards, scores, of_reference = [], [], []
     for (identifier, model), values in pipeline.routed_rewards.items():
         answers = by_id[identifier].answers
-        rewards += values
+        rewards += values.tolist()
         scores += [answer.score for answer in answers[model]]
         of_reference.append(np.mean([a.score for a in answers[pipeline.pool.reference.name]]))
     if not rewards:

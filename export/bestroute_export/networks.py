@@ -10,7 +10,6 @@ from torch.nn import functional
 
 from bestroute.bundle import Arm
 from bestroute_export.encoders import Encoder
-from bestroute_export.ngrams import NgramSum
 
 
 class Monotone(nn.Module):
@@ -100,7 +99,7 @@ class RouterNetwork(nn.Module):
 
 
 class RewardNetwork(nn.Module):
-    """A prompt with an answer to one number that is higher for better answers, by an encoder.
+    """A prompt with an answer to one number that is higher for better answers.
 
     Args:
         encoder: gives float [B, H].
@@ -116,30 +115,4 @@ class RewardNetwork(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Rewards float [B, 1]; only their differences within a prompt are trained."""
         rewards: Tensor = self.head(self.encoder(input_ids, attention_mask)).float()
-        return rewards
-
-
-class BlendedReward(nn.Module):
-    """A reward made of what an encoder reads and of the wording alone.
-
-    A fine-tuned encoder knows a broken answer from a whole one; which turns of phrase and which
-    forms of answer tend to be right, a linear model learns from as many pairs better.
-
-    Args:
-        reading: the encoder's part.
-        wording: the n-grams' part.
-    """
-
-    blend: Tensor
-
-    def __init__(self, reading: RewardNetwork, wording: NgramSum) -> None:
-        super().__init__()
-        self.encoder, self.head, self.wording = reading.encoder, reading.head, wording
-        self.register_buffer("blend", torch.ones(2))
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Rewards float [B, 1], as log-odds of being the better of two answers to a prompt."""
-        reading = self.head(self.encoder(input_ids, attention_mask)).float()  # [B, 1]
-        wording = self.wording(input_ids, attention_mask)  # [B, 1]
-        rewards: Tensor = reading * self.blend[0] + wording * self.blend[1]
         return rewards

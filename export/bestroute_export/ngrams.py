@@ -55,28 +55,6 @@ class NgramLinear(nn.Module):
         return out
 
 
-class NgramSum(nn.Module):
-    """One weight per token and token pair, summed over a text by sublinear frequency.
-
-    Without unit length: what two texts share cancels in the difference of their sums.
-
-    Args:
-        buckets: M.
-    """
-
-    weights: Tensor
-
-    def __init__(self, buckets: int = BUCKETS) -> None:
-        super().__init__()
-        self.register_buffer("weights", torch.zeros(buckets, 1))  # [M, 1]
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Sums float32 [B, 1]; arguments int64 [B, T], as in `Encoder.forward`."""
-        buckets, frequency, _ = terms(input_ids, attention_mask, len(self.weights))  # [B, N]
-        weights = functional.embedding(buckets, self.weights)[:, :, 0]  # [B, N]
-        return (weights * frequency).sum(1, keepdim=True)
-
-
 def terms(input_ids: Tensor, attention_mask: Tensor, buckets: int) -> tuple[Tensor, Tensor, Tensor]:
     """The n-grams of each row.
 

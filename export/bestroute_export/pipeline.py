@@ -46,7 +46,7 @@ from bestroute_export.encoders import empty_encoder
 from bestroute_export.evaluate import Choice, routed
 from bestroute_export.gates import gates
 from bestroute_export.labels import Floats
-from bestroute_export.networks import BlendedReward, RouterNetwork
+from bestroute_export.networks import RewardNetwork, RouterNetwork
 from bestroute_export.outcomes import Group, Outcomes, Pool, Rewards, outcomes, pool_of
 from bestroute_export.pairs import pairs_of
 from bestroute_export.recipe import Recipe
@@ -160,7 +160,7 @@ class Pipeline:
         )
 
     @property
-    def reward(self) -> BlendedReward:
+    def reward(self) -> RewardNetwork:
         """The reward model that is served."""
         return self.reward_models.served
 
@@ -312,7 +312,7 @@ class Pipeline:
         return traded(predictions, measured, self.pool, rate)
 
     @cached_property
-    def routed_rewards(self) -> dict[Group, list[float]]:
+    def routed_rewards(self) -> dict[Group, Floats]:
         """Rewards of what the router draws without a target, by the served reward model.
 
         Of the validation prompts, to which the served reward model was not fitted, and whose routes

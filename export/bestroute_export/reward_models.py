@@ -1,36 +1,38 @@
-"""The reward models of a run: which is trained on what, and how the parts of one are blended.
+"""The reward models of a run: which is trained on what, and what agreement adds to their rewards.
 
-A reward is the blend of what a fine-tuned encoder reads and of the wording alone; agreement with
-the other drawn answers is added where the best is kept. The three weights are fitted to answers
-that neither part has seen; by them rewards become log-odds of being the better of two answers.
+Where the best of several answers is kept, its agreement with the others counts as well. By how much
+is set by what is then selected, on answers that no model was fitted to.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
-from itertools import permutations
 
 import numpy as np
-import torch
 from rich.progress import Progress
-from torch import nn
 
 from bestroute.gate import final_answer
 from bestroute.tokenizer import Tokenizer
 from bestroute_export.batches import in_bfloat16
-from bestroute_export.data import Answer, Pair, Prompt, fold_of
+from bestroute_export.data import Pair, Prompt, fold_of
 from bestroute_export.encoders import empty_encoder
-from bestroute_export.labels import Floats, Voting, agreement
-from bestroute_export.networks import BlendedReward, RewardNetwork
-from bestroute_export.ngrams import NgramSum
+from bestroute_export.labels import Floats, Voting
+from bestroute_export.networks import RewardNetwork
 from bestroute_export.outcomes import Group, Pool, decided_by_reward
 from bestroute_export.recipe import Recipe
-from bestroute_export.reward import by_group, score_answers, selection_metric, train_reward
+from bestroute_export.reward import (
+    by_group,
+    score_answers,
+    selection,
+    selection_metric,
+    train_reward,
+)
 from bestroute_export.train import saying
-from bestroute_export.wording import blend, fit_wording
 from bestroute_export.work import Work
 
 JUDGED = 200
-"""Groups of validation answers on which the encoder is judged while it trains."""
+"""Groups of validation answers on which the served model is judged while it trains."""
+BONUSES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0, 1.5, 2.0)
+"""That are tried for agreement, in standard deviations of the rewards."""
 
 
 class RewardModels:
@@ -64,112 +66,74 @@ class RewardModels:
         self._others = [pair for pair in others if pair.split == "train"]
 
     @cached_property
-    def served(self) -> BlendedReward:
+    def served(self) -> RewardNetwork:
         """The one that is served: trained on the train pairs of both sources.
 
-        Where it is evaluated more than once, the encoder's weights are kept that select best on
-        validation.
+        Where it is evaluated more than once, the weights are kept that select best on validation.
         """
         members = [prompt for prompt in self._prompts if prompt.split == "validation"]
         groups = decided_by_reward(members, self._pool)[:JUDGED]
         samples = min(2, self._recipe.max_samples)
         metric = selection_metric(self._tokenizer, members, groups, samples) if groups else None
         pairs = [*self._pairs, *self._others[:: self._recipe.other_pairs]]
-        network = BlendedReward(
-            self._reading("reward", pairs, metric), self._wording("reward-wording", pairs)
-        )
-        network.blend.copy_(torch.from_numpy(self._weights[:2]))
-        return network.eval()
+        return self._trained("reward", pairs, metric)
 
-    @property
+    @cached_property
     def agreement_bonus(self) -> float:
-        """What agreement adds to a reward of the served model."""
-        return float(self._weights[2])
+        """What agreement adds to a reward: of `BONUSES` the one that selects best, out of fold."""
+        rewards, samples = self._cross_rewards, self._recipe.max_samples
+        if samples < 3 or all(len(values) < samples for values in rewards.values()):
+            return 0.0  # Of two answers each agrees with the other as much as it with them.
+        spread = float(np.concatenate(list(rewards.values())).std())
+
+        def quality(bonus: float) -> float:
+            return selection(voting(self._prompts, rewards, bonus), self._prompts, samples)[1]
+
+        return max((spread * each for each in BONUSES), key=quality)  # the first of equals
 
     @cached_property
     def cross_fitted(self) -> dict[Group, Voting]:
-        """How answers are ranked on which best-of-n decides; by no part that was fitted to them."""
-        return self._ranked(self._prompts, self._cross_parts)
+        """How answers are ranked on which best-of-n decides; by no model fitted to them."""
+        return voting(self._prompts, self._cross_rewards, self.agreement_bonus)
 
     def of_test(self, prompts: Sequence[Prompt]) -> dict[Group, Voting]:
-        """The same for test prompts, which no part was fitted to: by the first fold's parts."""
-        return self._ranked(prompts, self._parts("parts-test", 0, prompts))
+        """The same for test prompts, which no model was fitted to: by the first fold's."""
+        return voting(prompts, self._fold("rewards-test", 0, prompts), self.agreement_bonus)
 
     def score(
-        self, name: str, network: RewardNetwork | BlendedReward, groups: Sequence[Group]
-    ) -> dict[Group, list[float]]:
-        """Plain rewards of some groups of answers to the run's prompts; kept under a name."""
-        return {
-            group: rows[:, 0].tolist()
-            for group, rows in self._scored(name, [network], self._prompts, groups).items()
-        }
-
-    @cached_property
-    def _cross_parts(self) -> dict[Group, Floats]:
-        """What each part says of the answers [m, 2] on which best-of-n decides, out of fold."""
-        count = self._recipe.reward_folds
-        parts: dict[Group, Floats] = {}
-        for fold in range(count):
-            members = [p for p in self._prompts if fold_of(p.id, count) == fold]
-            parts |= self._parts(f"parts-fold-{fold}", fold, members)
-        return parts
-
-    def _parts(self, name: str, fold: int, prompts: Sequence[Prompt]) -> dict[Group, Floats]:
-        """What the parts that were fitted without a fold say of prompts."""
-        count = self._recipe.reward_folds
-        pairs = [pair for pair in self._pairs if fold_of(pair.prompt_id, count) != fold]
-        networks = (
-            self._reading(f"reward-fold-{fold}", pairs),
-            self._wording(f"wording-fold-{fold}", pairs),
-        )
-        return self._scored(name, networks, prompts, decided_by_reward(prompts, self._pool))
-
-    def _scored(
         self,
         name: str,
-        networks: Sequence[nn.Module],
-        prompts: Sequence[Prompt],
+        network: RewardNetwork,
         groups: Sequence[Group],
+        prompts: Sequence[Prompt] | None = None,
     ) -> dict[Group, Floats]:
-        """What networks say of groups of answers, float64 [m, networks] each."""
+        """Rewards of some groups of answers, to the run's prompts or others; kept under a name."""
+        among = self._prompts if prompts is None else prompts
 
-        def score() -> dict[str, Floats]:
-            columns = [
-                score_answers(in_bfloat16(network), self._tokenizer, prompts, groups)
-                for network in networks
-            ]
-            return {"rewards": np.column_stack(columns)}
+        def scored() -> dict[str, Floats]:
+            rewards = score_answers(in_bfloat16(network), self._tokenizer, among, groups)
+            return {"rewards": rewards}
 
-        rows = self._work.arrays(name, score)["rewards"]
-        return by_group(rows, prompts, groups)
+        return by_group(self._work.arrays(name, scored)["rewards"], among, groups)
 
     @cached_property
-    def _weights(self) -> Floats:
-        """Of reading, wording and agreement, float64 [3]; none below 0."""
-        by_id = {prompt.id: prompt for prompt in self._prompts}
-        parts: list[Floats] = []
-        better: list[int] = []
-        worse: list[int] = []
-        start = 0
-        for (identifier, model), rows in self._cross_parts.items():
-            answers = by_id[identifier].answers[model]
-            parts.append(np.column_stack([rows, agreement(_finals(answers))]))
-            for one, other in permutations(range(len(answers)), 2):
-                if answers[one].score > answers[other].score:
-                    better.append(start + one)
-                    worse.append(start + other)
-            start += len(answers)
-        if not better:
-            return np.array([1.0, 1.0, 0.0])
-        return np.maximum(blend(np.concatenate(parts), better, worse), 0)
+    def _cross_rewards(self) -> dict[Group, Floats]:
+        """Rewards of the answers on which best-of-n decides, out of fold."""
+        count = self._recipe.reward_folds
+        rewards: dict[Group, Floats] = {}
+        for fold in range(count):
+            members = [p for p in self._prompts if fold_of(p.id, count) == fold]
+            rewards |= self._fold(f"rewards-fold-{fold}", fold, members)
+        return rewards
 
-    def _ranked(
-        self, prompts: Sequence[Prompt], parts: Mapping[Group, Floats]
-    ) -> dict[Group, Voting]:
-        rewards = {group: rows @ self._weights[:2] for group, rows in parts.items()}
-        return voting(prompts, rewards, self.agreement_bonus)
+    def _fold(self, name: str, fold: int, prompts: Sequence[Prompt]) -> dict[Group, Floats]:
+        """What the model that was fitted without a fold says of prompts."""
+        count = self._recipe.reward_folds
+        pairs = [pair for pair in self._pairs if fold_of(pair.prompt_id, count) != fold]
+        network = self._trained(f"reward-fold-{fold}", pairs)
+        return self.score(name, network, decided_by_reward(prompts, self._pool), prompts)
 
-    def _reading(
+    def _trained(
         self,
         name: str,
         pairs: Sequence[Pair],
@@ -195,10 +159,6 @@ class RewardModels:
         empty = partial(RewardNetwork, empty_encoder(recipe.backbone))
         return self._work.network(name, empty, train)
 
-    def _wording(self, name: str, pairs: Sequence[Pair]) -> NgramSum:
-        """A linear model of n-grams, fitted to pairs."""
-        return self._work.network(name, NgramSum, lambda: fit_wording(pairs, self._tokenizer))
-
 
 def voting(
     prompts: Sequence[Prompt], rewards: Mapping[Group, Floats], bonus: float
@@ -207,11 +167,9 @@ def voting(
     by_id = {prompt.id: prompt for prompt in prompts}
     return {
         (identifier, model): Voting(
-            tuple(values.tolist()), _finals(by_id[identifier].answers[model]), bonus
+            tuple(values.tolist()),
+            tuple(final_answer(answer.text) for answer in by_id[identifier].answers[model]),
+            bonus,
         )
         for (identifier, model), values in rewards.items()
     }
-
-
-def _finals(answers: Sequence[Answer]) -> tuple[str, ...]:
-    return tuple(final_answer(answer.text) for answer in answers)

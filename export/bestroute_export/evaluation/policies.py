@@ -34,6 +34,11 @@ HULL = "convex hull of the static arms"
 ORACLE = "oracle"
 
 
+def gated(model: str | None, samples: int) -> str:
+    """The name of the policy that draws answers of an LLM and asks the reference where need be."""
+    return f"bestroute: {samples} answers of {model}, gated"
+
+
 class Policy(NamedTuple):
     """What a policy gives at each setting, with its costs counted in two ways."""
 
@@ -110,7 +115,7 @@ def compared(
             # Any of the answers that convinced is kept, so that no reward model has a part in it.
             draws = Draws.of(prompts, arm, {})
             yield _of(
-                f"bestroute: {arm.samples} answers of {agreement}, gated",
+                gated(agreement, arm.samples),
                 measured,
                 partial(_gated, draws, pool, folds),
             )

@@ -11,6 +11,7 @@ from bestroute_export.evaluation.policies import (
     MIXED,
     SERVED,
     SINGLE,
+    gated,
 )
 
 LISTED = (10, 20, 40, 60)
@@ -71,8 +72,8 @@ LIMITS = """\
 - The majority selector counts votes among all answers sampled, also where fewer are drawn. This
   flatters it for n = 2.
 - Reward models are trained on pairs of the train split, cross-fitted by prompt, each on part of
-  them; the three weights of a blend are fitted to all. In "by task" they have seen other prompts of
-  the tasks that the router has not. Gates have not.
+  them; the weight of agreement is set on all of these prompts. In "by task" they have seen other
+  prompts of the tasks that the router has not. Gates have not.
 """
 
 
@@ -104,6 +105,7 @@ def _overview(every: Sequence[Results]) -> Iterator[str]:
             "TF-IDF, threshold, real lengths",
             "**bestroute**, by predicted lengths, real lengths",
             "held out (drop)",
+            "gated without a router, real lengths",
         ),
         (
             (
@@ -114,13 +116,15 @@ def _overview(every: Sequence[Results]) -> Iterator[str]:
                 interval(_of(each, BASELINE).real_lengths.saving),
                 f"**{interval(_of(each, SERVED).real_lengths.saving)}**",
                 _held_out(_of(each, SERVED).real_lengths),
+                _gated(each),
             )
             for each in every
         ),
     )
     yield (
         "\nThe first three figures count costs at mean lengths, the others at real lengths. The "
-        "last has its setting picked on the other folds, the others are picked here.\n"
+        "one held out has its setting picked on the other folds, the others are picked here. Gated "
+        "are two answers of one LLM, always the same.\n"
     )
 
 
@@ -316,6 +320,11 @@ def _of(results: Results, name: str) -> PolicyFigures:
     policy = results.policy(name)
     assert policy is not None
     return policy
+
+
+def _gated(results: Results) -> str:
+    policy = results.policy(gated(results.experiment.agreement, 2))
+    return f"**{interval(policy.real_lengths.saving)}**" if policy else ""
 
 
 def _held_out(account: Account) -> str:
