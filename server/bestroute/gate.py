@@ -1,8 +1,8 @@
 """What drawn answers show of themselves, for gates that may spare the reference. Pure.
 
 Samples that agree are mostly right (self-consistency, arXiv 2203.11171), and on prompts of a kind
-that no router has seen little else tells. The longer they are the less agreement says, and the
-more the reference would cost. A cascade that asks the dear model only where the answers of the
+that no router has seen little else tells. Their length says how much was worked out, and what the
+reference would cost. A cascade that asks the dear model only where the answers of the
 cheap one do not convince is FrugalGPT's (arXiv 2305.05176); `policy.accept` is the rule.
 """
 
