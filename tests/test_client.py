@@ -604,7 +604,8 @@ async def test_generate_sends_its_options_and_gives_events_as_they_come() -> Non
     assert not request.sampling.HasField("top_p")
     assert request.sampling.stop == ["."]
     assert request.execution == pb.Execution(early_stop=True, stream_deltas=False)
-    assert 6 < generate.time_remaining <= 7
+    # gRPC counts from the wall clock, which drifts by milliseconds from its own.
+    assert 6 < generate.time_remaining < 7.5
 
 
 async def test_without_a_model_generate_routes() -> None:
