@@ -251,7 +251,7 @@ async def test_an_expired_deadline_never_reaches_the_engine(
     stub: "RoutingServiceAsyncStub",
 ) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as failure:
-        # Not a tiny one: gRPC counts from the wall clock, which drifts by milliseconds from its own.
+        # Not a tiny one: gRPC counts from the wall clock, which drifts from its own.
         await stub.Route(pb.RouteRequest(prompt="easy"), timeout=-1)
 
     assert failure.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
