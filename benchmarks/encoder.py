@@ -6,7 +6,6 @@ What it decides means nothing; what it costs is what a fine-tuned one would cost
 import logging
 import shutil
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,13 @@ import transformers
 from tokenizers import Tokenizer as _Tokenizer
 from torch import Tensor, nn
 
-from benchmarks.graph import CONFIG
+from benchmarks.graph import CONFIG, export_stock
 from bestroute.bundle import DEFAULT_BUNDLE, Bundle, File, GoldenRoute, Network
 from bestroute.tokenizer import Tokenizer
 from bestroute_export.batches import predict
 from bestroute_export.encoders import load_encoder, store_in_eight_bits
 from bestroute_export.encoders.bert import Bert
-from bestroute_export.graph import OPSET, export
+from bestroute_export.graph import export
 from bestroute_export.networks import RouterNetwork
 from bestroute_export.recipe import installed_backbone
 from bestroute_export.session import session
@@ -56,7 +55,7 @@ def write_encoder_bundle(
         network = RouterNetwork(load_encoder(backbone), manifest.arms)
         store_in_eight_bits(network)
         if stock is not None:
-            _export_stock(Stock(backbone, network), stock)
+            export_stock(Stock(backbone, network), stock)
     path = directory / "router.onnx"
     export(network, "outputs", path)
     tokenizer = Tokenizer(bundle.tokenizer_path, max_tokens=manifest.router.max_tokens)
@@ -110,22 +109,3 @@ def _random_deberta(directory: Path) -> Path:
     config = transformers.DebertaV2Config(**{**CONFIG, "vocab_size": words})
     transformers.DebertaV2Model(config).save_pretrained(directory)
     return directory
-
-
-def _export_stock(network: nn.Module, path: Path) -> None:
-    ids = torch.ones(2, 16, dtype=torch.int64)
-    axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", max=512)}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            network.eval(),
-            (ids, torch.ones_like(ids)),
-            input_names=["input_ids", "attention_mask"],
-            output_names=["outputs"],
-            dynamic_shapes=(axes, axes),
-            opset_version=OPSET,
-            dynamo=True,
-            verbose=False,
-        )
-    assert program is not None
-    program.save(path)

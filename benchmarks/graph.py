@@ -84,14 +84,15 @@ def export_all(directory: Path) -> dict[str, Path]:
     for network in (library, ours):  # as a bundle holds them: both compute with the same weights
         store_in_eight_bits(network)
     paths = {name: directory / f"{name}.onnx" for name in ("stock", "fp32", "int8")}
-    _export_stock(Stock(library, ours.head), paths["stock"])
+    export_stock(Stock(library, ours.head), paths["stock"])
     typical = [row.tolist() for row in (_ids(1, length)[0] for length in (16, 32, 64, 128))]
     export(ours, "rewards", paths["fp32"])
     export(ours, "rewards", paths["int8"], "int8", typical)
     return paths
 
 
-def _export_stock(network: nn.Module, path: Path) -> None:
+def export_stock(network: nn.Module, path: Path) -> None:
+    """Write a network as PyTorch exports it; inputs int64 [B, T], one output."""
     ids = torch.ones(2, 16, dtype=torch.int64)
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", max=512)}
     with warnings.catch_warnings():
@@ -100,6 +101,7 @@ def _export_stock(network: nn.Module, path: Path) -> None:
             network.eval(),
             (ids, torch.ones_like(ids)),
             input_names=["input_ids", "attention_mask"],
+            output_names=["outputs"],
             dynamic_shapes=(axes, axes),
             opset_version=OPSET,
             dynamo=True,

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.latencies import medians, milliseconds
 from benchmarks.record import RESULTS
+from bestroute_export.evaluation.plots import STYLE
 
 PAGE = Path(__file__).parent / "README.md"
 LINES = {
@@ -32,16 +33,6 @@ LINES = {
     "litserve": ("#999999", "*", 1.2),
 }
 """Colour, marker and width of each server's line."""
-STYLE: Any = {
-    "svg.hashsalt": "bestroute",  # the same figures give the same bytes
-    "svg.fonttype": "none",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-}
 SHAPES = {
     "ngrams": "The default bundle's router (hashed n-grams)",
     "minilm": "MiniLM-L6 as router",

@@ -133,9 +133,9 @@ def gates(
         draws = Draws.of(prompts, arm, rewards)
         given = cascade(draws, pool, measured, folds)
         curve = points(given.quality, given.costs, measured, seed)
-        rate = _default(curve, drop)
         if any(p.quality_drop <= drop and p.cost_saving >= WORTH for p in curve):
             gain, tokens = fit(draws, pool, measured)
+            rate = _default(curve, drop)
             found.append(
                 Gate(
                     arm=arm,
@@ -155,7 +155,14 @@ def _default(curve: Sequence[TradePoint], drop: float) -> float:
 
 
 def cascade(draws: Draws, pool: Pool, measured: Outcomes, folds: Rows) -> Cascade:
-    """Measure a gate on folds that its estimates were not fitted to."""
+    """Measure a gate on folds that its estimates were not fitted to.
+
+    Args:
+        draws: all of an arm's, of Q prompts.
+        pool: LLMs and arms.
+        measured: of these prompts; what is paid is counted at its costs.
+        folds: int64 [Q].
+    """
     gain, tokens = np.empty(len(draws.prompt)), np.empty(len(draws.prompt))
     for fold in np.unique(folds):
         held = (folds == fold)[draws.prompt]

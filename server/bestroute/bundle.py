@@ -186,7 +186,8 @@ class Gate(_Frozen):
         gain: their expected quality less that of the reference's answer.
         reference_log_tokens: log of the tokens that the reference's answer is expected to have.
         trade_offs: what each rate was measured to give where every prompt goes to this arm first,
-            on prompts of tasks that the estimates had not seen, if the data names tasks.
+            on prompts of tasks that the estimates had not seen, if the data names tasks. Its
+            default promises a drop of at most 1 %, or the smallest where that saves nothing.
     """
 
     arm: Arm

@@ -1013,7 +1013,9 @@ class Gate(google.protobuf.message.Message):
     samples: builtins.int
     """That arm's number of samples."""
     default_quality_per_usd: builtins.float
-    """The rate where a request sets no target."""
+    """The rate where a request sets no target: it promises a drop of at most 1 %, or the smallest drop
+    that can be promised where that saves nothing.
+    """
     @property
     def trade_offs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TradeOff]:
         """What each rate was measured to give where every prompt goes to this arm first, and to the
