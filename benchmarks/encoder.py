@@ -16,7 +16,8 @@ from tokenizers import Tokenizer as _Tokenizer
 from torch import Tensor, nn
 
 from benchmarks.graph import CONFIG, export_stock
-from bestroute.bundle import DEFAULT_BUNDLE, Bundle, File, GoldenRoute, Network
+from bestroute.bundle import DEFAULT_BUNDLE, Bundle
+from bestroute.manifest import File, GoldenRoute, Network
 from bestroute.tokenizer import Tokenizer
 from bestroute_export.batches import predict
 from bestroute_export.encoders import load_encoder, store_in_eight_bits

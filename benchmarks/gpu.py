@@ -26,10 +26,10 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks import record
-from bestroute.bundle import Arm, Precision
 from bestroute.config import Engine as EngineSettings
 from bestroute.engine import Engine, Row
 from bestroute.execution import fault
+from bestroute.manifest import Arm, Precision
 from bestroute.policy import choose
 
 if TYPE_CHECKING:

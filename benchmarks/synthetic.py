@@ -11,10 +11,11 @@ from typing import Any
 
 from benchmarks.peers.model import TYPICAL, Cost
 from bestroute import router
-from bestroute.bundle import Bundle, Network
+from bestroute.bundle import Bundle
 from bestroute.config import Engine as EngineSettings
 from bestroute.config import Settings
 from bestroute.engine import Engine, Row, preferred_precisions
+from bestroute.manifest import Network
 from bestroute.text_model import TextModel
 from bestroute.tokenizer import Tokenizer
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from benchmarks import gpu, record
-from bestroute.bundle import Precision
 from bestroute.execution import fault
+from bestroute.manifest import Precision
 
 pytest.importorskip("torch")
 TINY = {

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bestroute import bundle
-from bestroute.bundle import DEFAULT_BUNDLE, MANIFEST, Bundle
+from bestroute import manifest as manifests
+from bestroute.bundle import DEFAULT_BUNDLE, Bundle
 from bestroute.config import Engine
 from bestroute.errors import BundleInvalid
+from bestroute.manifest import MANIFEST
 from bestroute.router import verify
 from tests import tiny
 
@@ -112,9 +113,9 @@ def gated(tmp_path: Path) -> Path:
 def test_an_arm_s_gate_is_found(gated: Path) -> None:
     manifest = Bundle.load(gated).manifest
 
-    assert manifest.gate(bundle.Arm(model="small", samples=3)) == tiny.GATE
-    assert manifest.gate(bundle.Arm(model="small", samples=1)) is None
-    assert manifest.gate(bundle.Arm(model="medium", samples=3)) is None
+    assert manifest.gate(manifests.Arm(model="small", samples=3)) == tiny.GATE
+    assert manifest.gate(manifests.Arm(model="small", samples=1)) is None
+    assert manifest.gate(manifests.Arm(model="medium", samples=3)) is None
 
 
 def test_a_bundle_from_before_gates_has_none(copy: Path) -> None:
@@ -147,7 +148,7 @@ def test_a_manifest_with_a_gate_of_no_arm_can_t_be_made(gated: Path) -> None:
     values["gates"][0]["arm"]["samples"] = 2
 
     with pytest.raises(ValueError, match="each gate must be of another of the arms"):
-        bundle.Manifest.model_validate(values)
+        manifests.Manifest.model_validate(values)
 
 
 def test_no_bundle_says_what_a_bundle_is(tmp_path: Path) -> None:

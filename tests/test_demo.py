@@ -16,9 +16,9 @@ import pytest
 from rich.console import Console
 
 from bestroute.app import serving
-from bestroute.bundle import Model
 from bestroute.client import Client
 from bestroute.config import Settings
+from bestroute.manifest import Model
 from bestroute.pricing import prices
 from bestroute.v1 import routing_pb2 as pb
 from tests import tiny

@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from bestroute import engine, execution
-from bestroute.bundle import Bundle, Precision
+from bestroute.bundle import Bundle
 from bestroute.config import Batching, ConfigInvalid
 from bestroute.config import Engine as Settings
 from bestroute.config import Settings as AllSettings
@@ -32,6 +32,7 @@ from bestroute.execution import (
     provider_options,
     tensorrt_options,
 )
+from bestroute.manifest import Precision
 from bestroute.text_model import load_text_model
 from tests import tiny
 

@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bestroute.app import serving
-from bestroute.bundle import MANIFEST, Estimate
 from bestroute.candidate import Candidate
 from bestroute.completion import CANCELLED, Usage
 from bestroute.config import Server, Settings
 from bestroute.errors import ProviderFailed
 from bestroute.escalation import ByGate, ByReward, Escalation
+from bestroute.manifest import MANIFEST, Estimate
 from bestroute.policy import InputBilling
 from bestroute.pricing import ModelPrice
 from bestroute.v1 import routing_pb2 as pb

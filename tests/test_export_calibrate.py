@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bestroute.bundle import Arm
+from bestroute.manifest import Arm
 from bestroute_export import calibrate
 from bestroute_export.calibrate import sigmoid
 from bestroute_export.evaluate import calibration_error

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bestroute.bundle import Arm, Model
+from bestroute.manifest import Arm, Model
 from bestroute_export.__main__ import main
 from bestroute_export.data import Answer, Prompt
 from bestroute_export.encoders import empty_encoder

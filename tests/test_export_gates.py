@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bestroute.bundle import Arm
 from bestroute.gate import estimate
+from bestroute.manifest import Arm
 from bestroute_export.data import Answer, Price, Prompt
 from bestroute_export.gates import Draws, cascade, fit, gates
 from bestroute_export.labels import Voting

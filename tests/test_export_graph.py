@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bestroute.bundle import Arm, Precision
+from bestroute.manifest import Arm, Precision
 from bestroute.policy import choose
 from bestroute_export.batches import Function, pad, predict
 from bestroute_export.encoders import Encoder, store_in_eight_bits

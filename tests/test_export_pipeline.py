@@ -14,7 +14,8 @@ from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as RawTokenizer
 
-from bestroute.bundle import Arm, Bundle
+from bestroute.bundle import Bundle
+from bestroute.manifest import Arm
 from bestroute.tokenizer import Tokenizer
 from bestroute_export import data as data_module
 from bestroute_export import pipeline as pipelines

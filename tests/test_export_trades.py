@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bestroute.bundle import Arm, Model
+from bestroute.manifest import Arm, Model
 from bestroute.policy import REFERENCE
 from bestroute.promise import rate_for
 from bestroute_export import trades

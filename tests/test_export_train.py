@@ -14,7 +14,7 @@ from rich.progress import Progress
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bestroute.bundle import Arm
+from bestroute.manifest import Arm
 from bestroute.policy import REFERENCE, choose
 from bestroute.tokenizer import Tokenizer
 from bestroute_export.batches import Indices, accelerator, predict

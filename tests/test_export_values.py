@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 from sklearn.feature_extraction.text import TfidfTransformer
 
-from bestroute.bundle import Arm, Model
+from bestroute.manifest import Arm, Model
 from bestroute.tokenizer import Encoded
 from bestroute_export.batches import pad
 from bestroute_export.graph import export

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bestroute.bundle import Estimate
 from bestroute.gate import estimate, final_answer, signals
+from bestroute.manifest import Estimate
 
 words = st.text("abcxyz0123456789 \n", min_size=1).filter(str.strip)
 

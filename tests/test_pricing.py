@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from bestroute.bundle import Model
 from bestroute.completion import Usage
 from bestroute.config import ConfigInvalid, Settings
+from bestroute.manifest import Model
 from bestroute.policy import InputBilling
 from bestroute.pricing import ModelPrice, cost, prices
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bestroute.bundle import CurvePoint, TradePoint
+from bestroute.manifest import CurvePoint, TradePoint
 from bestroute.promise import least_loss, least_promise, promises, rate_for, threshold_for
 
 

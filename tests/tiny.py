@@ -14,7 +14,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from bestroute import bundle
+from bestroute import manifest as manifests
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 WORDS = {
@@ -29,16 +29,16 @@ WORDS = {
     **{letter: 0.0 for letter in "[]clsepadunkmi:!.,?"},
 }
 MODELS = [
-    bundle.Model(
+    manifests.Model(
         name=name, input_usd_per_mtok=price, output_usd_per_mtok=5 * price, mean_output_tokens=100
     )
     for name, price in [("small", 0.1), ("medium", 0.5), ("large", 3.0)]
 ]
 ARMS = [
-    bundle.Arm(model="small", samples=1),
-    bundle.Arm(model="small", samples=3),
-    bundle.Arm(model="medium", samples=1),
-    bundle.Arm(model="medium", samples=2),
+    manifests.Arm(model="small", samples=1),
+    manifests.Arm(model="small", samples=3),
+    manifests.Arm(model="medium", samples=1),
+    manifests.Arm(model="medium", samples=2),
 ]
 BIAS = [-1.0, 0.0, 1.0, 2.0]
 GAINS = [-0.06, -0.02, 0.0, 0.01]
@@ -50,15 +50,15 @@ GAIN_WORDS = {"better": 0.1, "worse": -0.1}
 TOKEN_WORDS = {"long": 100.0}
 """What a word adds to the tokens of every model's answer."""
 
-GATE = bundle.Gate(
+GATE = manifests.Gate(
     arm=ARMS[1],
-    gain=bundle.Estimate(intercept=-0.1, agreement=0.1, length=0.0, agreement_length=0.0),
-    reference_log_tokens=bundle.Estimate(
+    gain=manifests.Estimate(intercept=-0.1, agreement=0.1, length=0.0, agreement_length=0.0),
+    reference_log_tokens=manifests.Estimate(
         intercept=float(np.log(100)), agreement=0.0, length=0.0, agreement_length=0.0
     ),
-    trade_offs=bundle.TradeOffs(
+    trade_offs=manifests.TradeOffs(
         curve=[
-            bundle.TradePoint(
+            manifests.TradePoint(
                 quality_per_usd=rate, cost_saving=s, quality_drop=q, quality_drop_upper=q + 0.01
             )
             for rate, s, q in [(-20.0, 0.0, 0.0), (20.0, 0.4, 0.01), (100.0, 0.6, 0.05)]
@@ -83,21 +83,21 @@ def write(
     *,
     version: str = "tiny-1",
     max_tokens: int = 32,
-    gates: Sequence[bundle.Gate] = (),
+    gates: Sequence[manifests.Gate] = (),
 ) -> Path:
     """Write the bundle to a directory that exists, and return it."""
-    golden = bundle.GoldenRoute(prompt="easy", probabilities=probabilities(4.0))
+    golden = manifests.GoldenRoute(prompt="easy", probabilities=probabilities(4.0))
     heads = [Head(WORDS, BIAS, "Sigmoid")]
     return _write(directory, heads, golden, None, version, max_tokens, gates)
 
 
-def write_trading(directory: Path, *, gates: Sequence[bundle.Gate] = ()) -> Path:
+def write_trading(directory: Path, *, gates: Sequence[manifests.Gate] = ()) -> Path:
     """Write the bundle with trade-offs to a directory that exists, and return it.
 
     For a prompt of one word that doesn't steer, medium x 2 is worth most at rate 0, medium x 1 at
     50, small x 3 at 200, small x 1 at 1000; at -20 the reference.
     """
-    golden = bundle.GoldenRoute(
+    golden = manifests.GoldenRoute(
         prompt="easy", probabilities=probabilities(4.0), gains=GAINS, output_tokens=OUTPUT_TOKENS
     )
     heads = [
@@ -106,7 +106,7 @@ def write_trading(directory: Path, *, gates: Sequence[bundle.Gate] = ()) -> Path
         Head(TOKEN_WORDS, OUTPUT_TOKENS, "Identity"),
     ]
     points = [
-        bundle.TradePoint(
+        manifests.TradePoint(
             quality_per_usd=rate, cost_saving=s, quality_drop=q, quality_drop_upper=q + 0.01
         )
         for rate, s, q in [
@@ -117,57 +117,57 @@ def write_trading(directory: Path, *, gates: Sequence[bundle.Gate] = ()) -> Path
             (1000.0, 0.9, 0.1),
         ]
     ]
-    trade_offs = bundle.TradeOffs(curve=points, default_quality_per_usd=50.0)
+    trade_offs = manifests.TradeOffs(curve=points, default_quality_per_usd=50.0)
     return _write(directory, heads, golden, trade_offs, "trading-1", 32, gates)
 
 
 def _write(
     directory: Path,
     heads: list[Head],
-    golden: bundle.GoldenRoute,
-    trade_offs: bundle.TradeOffs | None,
+    golden: manifests.GoldenRoute,
+    trade_offs: manifests.TradeOffs | None,
     version: str,
     max_tokens: int,
-    gates: Sequence[bundle.Gate],
+    gates: Sequence[manifests.Gate],
 ) -> Path:
     tokenizer = _tokenizer(directory / "tokenizer.json")
     _network(directory / "router.onnx", tokenizer, heads)
     _network(directory / "reward.onnx", tokenizer, [Head(WORDS, [0.0], "Identity")])
 
-    def network(name: str) -> dict[bundle.Precision, bundle.File]:
-        return {"fp32": bundle.File.of(directory / name)}
+    def network(name: str) -> dict[manifests.Precision, manifests.File]:
+        return {"fp32": manifests.File.of(directory / name)}
 
     curve = [
-        bundle.CurvePoint(
+        manifests.CurvePoint(
             match_threshold=t, cost_saving=s, quality_drop=q, quality_drop_upper=q + 0.01
         )
         for t, s, q in [(0.2, 0.9, 0.1), (0.5, 0.5, 0.01), (0.8, 0.1, -0.02)]
     ]
-    bundle.Manifest(
+    manifests.Manifest(
         format_version=1,
         name="tiny",
         version=version,
         reference_model="large",
         models=MODELS,
         arms=ARMS,
-        router=bundle.Network(files=network("router.onnx"), max_tokens=max_tokens),
-        reward=bundle.RewardNetwork(
+        router=manifests.Network(files=network("router.onnx"), max_tokens=max_tokens),
+        reward=manifests.RewardNetwork(
             files=network("reward.onnx"),
             max_tokens=max_tokens,
             accept_reward=1.5,
             escalate_reward=-0.5,
         ),
-        tokenizer=bundle.File.of(directory / "tokenizer.json"),
+        tokenizer=manifests.File.of(directory / "tokenizer.json"),
         default_match_threshold=0.5,
         curve=curve,
         trade_offs=trade_offs,
         gates=[*gates],
         metrics={"cost_saving": 0.5},
         provenance={"data": "none"},
-        golden=bundle.Golden(
+        golden=manifests.Golden(
             tolerance=1e-4,
             router=[golden],
-            reward=[bundle.GoldenReward(prompt="word1", response="good good", reward=2.0)],
+            reward=[manifests.GoldenReward(prompt="word1", response="good good", reward=2.0)],
         ),
     ).write(directory)
     return directory

@@ -12,7 +12,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from bestroute.bundle import Manifest
+from bestroute.manifest import Manifest
 from bestroute.v1 import routing_pb2 as pb
 from examples.demonstration.questions import Question
 from examples.demonstration.upstreams import APIS, STANDIN, STANDIN_LLM

@@ -9,16 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bestroute.bundle import (
-    File,
-    Golden,
-    GoldenReward,
-    GoldenRoute,
-    Manifest,
-    Network,
-    Precision,
-)
-from bestroute.bundle import RewardNetwork as RewardEntry
+from bestroute.manifest import File, Golden, GoldenReward, GoldenRoute, Manifest, Network, Precision
+from bestroute.manifest import RewardNetwork as RewardEntry
 from bestroute_export.batches import Indices, predict
 from bestroute_export.evaluate import Interval, routed
 from bestroute_export.files import write_files

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from bestroute.bundle import Arm
+from bestroute.manifest import Arm
 from bestroute_export.labels import Floats
 
 FEWEST_ANSWERS = 50

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from bestroute.bundle import File, Precision
+from bestroute.manifest import File, Precision
 from bestroute_export.batches import Ids
 from bestroute_export.graph import export
 from bestroute_export.labels import Floats

@@ -17,8 +17,8 @@ import numpy.typing as npt
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 
-from bestroute.bundle import Arm, Estimate, Gate, TradeOffs, TradePoint
 from bestroute.gate import estimate, signals
+from bestroute.manifest import Arm, Estimate, Gate, TradeOffs, TradePoint
 from bestroute.policy import accept, estimated_cost
 from bestroute.promise import least_promise, rate_for
 from bestroute_export.data import Prompt

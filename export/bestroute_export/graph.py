@@ -19,7 +19,7 @@ import torch
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from torch import nn
 
-from bestroute.bundle import Precision
+from bestroute.manifest import Precision
 from bestroute_export.batches import Ids
 from bestroute_export.quantize import quantize
 

@@ -9,9 +9,10 @@ from typing import Any
 from tokenizers import Tokenizer as RawTokenizer
 from torch import Tensor, nn
 
-from bestroute.bundle import Bundle, GoldenReward, Manifest
-from bestroute.bundle import RewardNetwork as RewardEntry
+from bestroute.bundle import Bundle
 from bestroute.errors import BundleInvalid
+from bestroute.manifest import GoldenReward, Manifest
+from bestroute.manifest import RewardNetwork as RewardEntry
 from bestroute.tokenizer import Tokenizer
 from bestroute_export.batches import predict
 from bestroute_export.encoders import (

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bestroute.bundle import Arm
+from bestroute.manifest import Arm
 from bestroute_export.encoders import Encoder
 
 

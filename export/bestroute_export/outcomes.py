@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bestroute.bundle import Arm, Model
+from bestroute.manifest import Arm, Model
 from bestroute.policy import estimated_cost
 from bestroute_export.data import DataError, Price, Prompt
 from bestroute_export.labels import Floats, Proxy, expected_score, match_probability

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from rich.progress import Progress
 from torch import nn
 
-from bestroute.bundle import CurvePoint, Gate, TradeOffs
+from bestroute.manifest import CurvePoint, Gate, TradeOffs
 from bestroute.policy import REFERENCE
 from bestroute.promise import rate_for, threshold_for
 from bestroute.tokenizer import Encoded, Tokenizer

@@ -7,7 +7,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from bestroute.bundle import Arm
+from bestroute.manifest import Arm
 from bestroute_export.batches import Ids, Indices, device_of, in_bfloat16, pad, predict
 from bestroute_export.checkpoint import Checkpoint
 from bestroute_export.encoders import load_encoder, store_in_eight_bits

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from bestroute.bundle import CurvePoint, Measured
+from bestroute.manifest import CurvePoint, Measured
 from bestroute_export.bounds import drop_upper, stays_within
 from bestroute_export.evaluate import Choice, pick, routed
 from bestroute_export.labels import Floats

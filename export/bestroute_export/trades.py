@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from bestroute.bundle import TradePoint
+from bestroute.manifest import TradePoint
 from bestroute.policy import trade_off
 from bestroute_export.evaluate import Choice
 from bestroute_export.labels import Floats

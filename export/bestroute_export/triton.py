@@ -13,7 +13,8 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto, ValueInfoProto
 
-from bestroute.bundle import Bundle, Network, Precision
+from bestroute.bundle import Bundle
+from bestroute.manifest import Network, Precision
 
 PREFERRED: tuple[Precision, ...] = ("fp16", "fp32", "int8")
 """Precisions, best first: Triton is run for its GPUs."""

@@ -22,7 +22,7 @@ from sklearn.linear_model import RidgeCV
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bestroute.bundle import Arm
+from bestroute.manifest import Arm
 from bestroute.tokenizer import Encoded
 from bestroute_export.batches import predict
 from bestroute_export.calibrate import platt, sigmoid

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from bestroute.bundle import Bundle, Precision
+from bestroute.bundle import Bundle
+from bestroute.manifest import Precision
 from bestroute.tokenizer import Tokenizer
 from bestroute_export.batches import Function, Ids, pad, predict
 from bestroute_export.labels import Floats

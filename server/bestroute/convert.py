@@ -8,12 +8,12 @@ from dataclasses import asdict
 from google.protobuf.duration_pb2 import Duration
 
 from bestroute.best_of_n import Result
-from bestroute.bundle import Gate, TradeOffs
 from bestroute.candidate import Candidate
 from bestroute.completion import Delta, Usage
 from bestroute.config import Server
 from bestroute.decision import Fallback, Option, Policy
 from bestroute.errors import InvalidRequest
+from bestroute.manifest import Gate, TradeOffs
 from bestroute.prompt import ROLES, Message, Prompt
 from bestroute.providers import Sampling
 from bestroute.router import Execution, Order, Routed

@@ -8,9 +8,9 @@ from enum import Enum, auto
 import numpy as np
 import numpy.typing as npt
 
-from bestroute.bundle import Arm, Manifest, TradeOffs
 from bestroute.config import instead
 from bestroute.errors import InvalidRequest
+from bestroute.manifest import Arm, Manifest, TradeOffs
 from bestroute.policy import REFERENCE, choose, estimated_cost, trade_off
 from bestroute.pricing import ModelPrice
 from bestroute.promise import least_loss, rate_for, threshold_for

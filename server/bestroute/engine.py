@@ -14,11 +14,11 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from bestroute.bundle import Precision
 from bestroute.config import ConfigInvalid
 from bestroute.config import Engine as EngineSettings
 from bestroute.errors import BundleInvalid
 from bestroute.execution import PROVIDERS, open_session, placement
+from bestroute.manifest import Precision
 
 _log = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from bestroute.bundle import Gate
 from bestroute.candidate import Candidate, best
 from bestroute.gate import estimate, signals
+from bestroute.manifest import Gate
 from bestroute.policy import accept, estimated_cost
 from bestroute.pricing import ModelPrice
 

@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from bestroute.bundle import Estimate
+from bestroute.manifest import Estimate
 
 Value = TypeVar("Value", float, npt.NDArray[np.float64])
 

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bestroute.bundle import Model
 from bestroute.completion import Usage
 from bestroute.config import ConfigInvalid, Provider, Settings, instead
+from bestroute.manifest import Model
 from bestroute.policy import InputBilling
 
 _SAMPLE_TOKENS = 1000

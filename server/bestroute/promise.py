@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import Generic, NamedTuple, TypeVar
 
-from bestroute.bundle import CurvePoint, TradePoint
 from bestroute.errors import InvalidRequest
+from bestroute.manifest import CurvePoint, TradePoint
 
 Point = TypeVar("Point", CurvePoint, TradePoint)
 

@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from bestroute.best_of_n import BestOfN, Event, Task
-from bestroute.bundle import DEFAULT_BUNDLE, Arm, Bundle, Manifest
+from bestroute.bundle import DEFAULT_BUNDLE, Bundle
 from bestroute.config import Engine as EngineSettings
 from bestroute.config import Settings
 from bestroute.decision import Decision, Policy, Rules, rate_of
 from bestroute.engine import return_freed_memory
 from bestroute.errors import BestrouteError, BundleInvalid, ProviderFailed
 from bestroute.escalation import ByGate, ByReward, Escalation
+from bestroute.manifest import Arm, Manifest
 from bestroute.pricing import ModelPrice, prices
 from bestroute.prompt import Prompt
 from bestroute.providers import Providers, Sampling

@@ -12,9 +12,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from bestroute.batching import Batcher, Budget
-from bestroute.bundle import Bundle, Network
+from bestroute.bundle import Bundle
 from bestroute.config import Settings
 from bestroute.engine import Engine, Row, preferred_precisions, settled
+from bestroute.manifest import Network
 from bestroute.tokenizer import Encoded, Tokenizer
 
 _log = logging.getLogger(__name__)

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import inf
 
-from bestroute.bundle import Model
 from bestroute.completion import CANCELLED, Ended, Event, Usage
 from bestroute.config import ConfigInvalid, Settings, instead
+from bestroute.manifest import Model
 from bestroute.pricing import ModelPrice, cost, prices
 from bestroute.prompt import Prompt
 from bestroute.providers import Providers, Sampling

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from bestroute.bundle import Manifest
     from bestroute.cli.arguments import Commands
+    from bestroute.manifest import Manifest
     from bestroute.promise import Point
 
 _CURVE_ROWS = 12
