@@ -70,7 +70,7 @@ def least_loss(curve: Iterable[Point], cost_saving: float) -> Point:
         most = max(every, key=lambda each: each.point.cost_saving)
         raise InvalidRequest(
             "policy.min_cost_saving",
-            "the most that was measured to be saved is "
+            "the most that any setting was measured to save is "
             f"{most.point.cost_saving:.3f}, with a quality drop of at most "
             f"{most.quality_drop:.3f}; ask for less, or set match_threshold",
         )
