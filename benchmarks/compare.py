@@ -128,6 +128,7 @@ def setup_of(
         "PEER_TOKENIZER": str(bundle.tokenizer_path),
         "PEER_MAX_TOKENS": str(bundle.manifest.router.max_tokens),
         "PEER_THREADS": str(threads),
+        "PEER_MAX_BATCH": "128" if synthetic else "32",  # bestroute's defaults, on a GPU and a CPU
         "PEER_TUNED": str(int(model.is_relative_to(bundle.directory))),
         **({SYNTHETIC: synthetic} if synthetic else {}),
     }

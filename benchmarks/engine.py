@@ -40,7 +40,6 @@ def main() -> int:
     ids = [tokenizer.prompt(p).ids for p in record.mixed_prompts(tokenizer, options.prompts)]
     path = bundle.network_path(network, preferred_precisions(settings))
     engine = Engine(path, settings, max_items=options.prompts, max_tokens=network.max_tokens)
-    engine.warm_up()
 
     rates: dict[int, list[float]] = {budget: [] for budget in BUDGETS}
     for _ in track(range(options.repeats), "measuring", transient=True):

@@ -230,8 +230,13 @@ def compare(
     for provider, precision in engines:
         settings = EngineSettings.model_validate({"provider": provider})
         start = time.perf_counter()
-        engine = Engine(paths[precision], settings, max_items=max(batches), max_tokens=max(lengths))
-        engine.warm_up(max(batches) * max(lengths))
+        engine = Engine(
+            paths[precision],
+            settings,
+            max_items=max(batches),
+            max_tokens=max(lengths),
+            padded_tokens=max(batches) * max(lengths),
+        )
         ready = time.perf_counter() - start
         cells = measure(engine, expected, vocabulary, repeats)
         figures[f"{provider} {precision}"] = {

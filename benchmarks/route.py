@@ -31,7 +31,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks import record
-from benchmarks.process import served
+from benchmarks.process import READ_ANEW, served
 from bestroute.bundle import DEFAULT_BUNDLE, Bundle
 from bestroute.config import Engine as EngineSettings
 from bestroute.engine import Engine, cpus, preferred_precisions
@@ -79,10 +79,11 @@ def measure(options: argparse.Namespace) -> int:
     limits = {"max_items": options.prompts, "max_tokens": network.max_tokens}
     bare = Engine(path, engine, **limits)
     one_thread = Engine(path, EngineSettings(threads=1), **limits)
-    for each in (bare, one_thread):
-        each.warm_up()
 
-    with served(options.bundle) as (server, address), Progress(transient=True) as progress:
+    with (
+        served("--bundle", options.bundle, environment=READ_ANEW) as (server, address),
+        Progress(transient=True) as progress,
+    ):
         report = _steps(progress, 2 * options.repeats + 1)
         one = asyncio.run(_one_caller(address, prompts, ids, bare))
         report()

@@ -50,7 +50,7 @@ def main() -> int:
     ready, bare, resident, bare_resident = [], [], [], []
     for _ in track(range(options.repeats), "measuring", transient=True):
         start = time.perf_counter()
-        with served(options.bundle) as (server, address):
+        with served("--bundle", options.bundle) as (server, address):
             ready.append(time.perf_counter() - start)
             with grpc.insecure_channel(address) as channel:
                 stub = RoutingServiceStub(channel)

@@ -1,7 +1,8 @@
 """Fixtures: a tiny bundle, and real servers on free ports."""
 
+import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import grpc
@@ -9,6 +10,7 @@ import pytest
 
 from bestroute.app import Running, serving
 from bestroute.config import Batching, Server, Settings
+from bestroute.process import new_event_loop
 from bestroute.v1 import routing_pb2_grpc
 from tests import tiny
 
@@ -16,6 +18,14 @@ from tests import tiny
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 pytest_plugins = ["tests.upstreams"]
+
+
+def pytest_asyncio_loop_factories(
+    item: pytest.Item,
+) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """The loop of `bestroute serve` for tests of the RPCs; for others asyncio's own."""
+    served = item.path.stem in ("test_route", "test_generate")
+    return {"loop": new_event_loop if served else asyncio.new_event_loop}
 
 
 @pytest.fixture(scope="session")

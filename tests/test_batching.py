@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bestroute import batching
-from bestroute.batching import Batcher, Budget, Pending, take_batch
+from bestroute.batching import Batcher, Pending, take_batch
 from bestroute.errors import DeadlineExceeded, Overloaded
+from bestroute.partition import Budget
 
 NOW = 1000.0
 
@@ -27,7 +28,8 @@ class Spec:
 
 
 specs = st.builds(Spec, st.integers(1, 300), st.booleans(), st.booleans())
-budgets = st.builds(Budget, st.integers(1, 8), st.integers(1, 600), st.floats(0, 1))
+budgets = st.builds(Budget, st.integers(1, 8), st.integers(1, 600), st.floats(0, 1000))
+windows = st.integers(1, 70)
 
 
 def entries(loop: asyncio.AbstractEventLoop, made: Sequence[Spec]) -> list[Pending[int, None]]:
@@ -41,9 +43,9 @@ def entries(loop: asyncio.AbstractEventLoop, made: Sequence[Spec]) -> list[Pendi
     return pending
 
 
-@given(st.lists(specs, max_size=60), budgets)
-def test_take_batch_keeps_its_promises(made: list[Spec], budget: Budget) -> None:
-    """Within budget, dense, oldest first, in order; nothing lost, nothing late or abandoned run."""
+@given(st.lists(specs, max_size=60), budgets, windows)
+def test_take_batch_keeps_its_promises(made: list[Spec], budget: Budget, window: int) -> None:
+    """Within budget, oldest first, in order; nothing lost, nothing late or abandoned run."""
     loop = asyncio.new_event_loop()
     try:
         before = entries(loop, made)
@@ -51,15 +53,15 @@ def test_take_batch_keeps_its_promises(made: list[Spec], budget: Budget) -> None
         loop.close()
     queue = deque(before)
 
-    batch, late = take_batch(queue, budget, NOW)
+    batch, late = take_batch(queue, budget, window, NOW)
 
     live = [e for e in before if not e.reply.done() and e.deadline is None]
     lengths = [e.length for e in batch]
     assert len(batch) <= budget.max_items
     if len(batch) > 1:
         assert max(lengths) * len(batch) <= budget.max_padded_tokens
-        assert sum(lengths) >= (1 - budget.max_padding) * max(lengths) * len(batch)
     assert batch[:1] == live[:1], "the oldest live entry always runs"
+    assert set(batch) <= set(live[:window]), "nobody is overtaken by more than a window"
     assert [e.item for e in batch] == sorted(e.item for e in batch)
     assert all(not e.reply.done() and e.deadline is None for e in batch)
     assert all(e.deadline is not None and not e.reply.done() for e in late)
@@ -73,8 +75,8 @@ def test_take_batch_keeps_its_promises(made: list[Spec], budget: Budget) -> None
         )
 
 
-@given(st.lists(st.integers(1, 300), min_size=1, max_size=40), budgets)
-def test_take_batch_is_never_idle(lengths: list[int], budget: Budget) -> None:
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=40), budgets, windows)
+def test_take_batch_is_never_idle(lengths: list[int], budget: Budget, window: int) -> None:
     """A queue with live entries empties in at most as many batches as it has entries."""
     loop = asyncio.new_event_loop()
     try:
@@ -84,7 +86,7 @@ def test_take_batch_is_never_idle(lengths: list[int], budget: Budget) -> None:
 
     served = []
     while queue:
-        batch, _ = take_batch(queue, budget, NOW)
+        batch, _ = take_batch(queue, budget, window, NOW)
         assert batch
         served += [e.item for e in batch]
 
@@ -115,7 +117,7 @@ def test_every_accepted_item_resolves_exactly_once(
 
 async def _play(schedule: list[tuple[str, int]], max_queue: int, in_flight: int) -> None:
     running = 0
-    budget = Budget(3, 60, 0.25)
+    budget = Budget(3, 60, 10.0)
     ran: list[int] = []
     outcomes: dict[int, str] = {}
     left_before_running: set[int] = set()
@@ -160,6 +162,7 @@ async def _play(schedule: list[tuple[str, int]], max_queue: int, in_flight: int)
         run,
         length=lambda item: item[1],
         budget=budget,
+        window=4,
         max_queue=max_queue,
         in_flight=in_flight,
     )
@@ -190,8 +193,8 @@ def batcher_of(run: object, **options: object) -> Batcher[str, str]:
     return Batcher(
         run,  # type: ignore[arg-type]
         length=len,
-        budget=Budget(8, 100, 0.25),
-        **{"max_queue": 10} | options,  # type: ignore[arg-type]
+        budget=Budget(8, 100, 10.0),
+        **{"max_queue": 10, "window": 20} | options,  # type: ignore[arg-type]
     )
 
 
@@ -336,3 +339,57 @@ async def test_a_bug_in_the_loop_ends_the_block(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(AssertionError, match="bug"):
         async with batcher.running():
             await batcher.submit("a")
+
+
+async def test_small_batches_run_at_once_and_large_ones_elsewhere() -> None:
+    """Whoever arrives in the same turn of the event loop shares the run; failures stay apart."""
+    ran: list[tuple[str, int]] = []
+
+    def run_now(batch: Sequence[str]) -> list[str]:
+        ran.append(("now", len(batch)))
+        if "x" in batch:
+            raise ArithmeticError("bad batch")
+        return list(batch)
+
+    async def run(batch: Sequence[str]) -> list[str]:
+        ran.append(("later", len(batch)))
+        return list(batch)
+
+    batcher = batcher_of(run, run_now=run_now, now_tokens=6)
+    async with batcher.running():
+        values = await asyncio.gather(*map(batcher.submit, ["aa", "bb", "cc"]))
+        long = await batcher.submit("d" * 7)
+        with pytest.raises(ArithmeticError, match="bad batch"):
+            await batcher.submit("x")
+        last = await batcher.submit("e")
+
+    assert ran == [("now", 3), ("later", 1), ("now", 1), ("now", 1)]
+    assert [done.value for done in values] == ["aa", "bb", "cc"]
+    assert (long.value, last.value) == ("d" * 7, "e")
+
+
+async def test_a_queue_too_long_for_a_deadline_refuses_at_once() -> None:
+    """Better than to let the caller wait for nothing; who has time, or no deadline, may queue."""
+    gate = asyncio.Event()
+    gate.set()
+
+    async def run(batch: Sequence[str]) -> list[str]:
+        await asyncio.sleep(0.05)
+        await gate.wait()
+        return list(batch)
+
+    batcher = batcher_of(run)
+    async with batcher.running(), asyncio.TaskGroup() as calls:
+        await batcher.submit("a" * 100)  # from here on it is known how long an item takes
+        gate.clear()
+        for letter in "bcde":  # one runs, three wait
+            calls.create_task(batcher.submit(letter * 100))
+            await asyncio.sleep(0.001)
+
+        with pytest.raises(Overloaded, match=r"3 requests .* longer than this one's deadline"):
+            await batcher.submit("f", deadline=time.monotonic() + 0.06)
+        patient = calls.create_task(batcher.submit("g", deadline=time.monotonic() + 60))
+        await asyncio.sleep(0.001)
+        gate.set()
+
+    assert (await patient).value == "g"

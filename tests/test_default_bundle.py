@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import numpy as np
 import pytest
 
-from bestroute.config import Settings
+from bestroute.config import Routing, Settings
 from bestroute.decision import Policy
 from bestroute.prompt import Prompt
 from bestroute.router import Router, open_router
@@ -31,7 +31,8 @@ TOLERANCE = 1e-5
 
 @pytest.fixture
 async def router() -> AsyncIterator[Router]:
-    async with open_router(Settings()) as router:
+    # Every prompt is read anew: what is remembered would agree with itself.
+    async with open_router(Settings(routing=Routing(cache_entries=0))) as router:
         yield router
 
 

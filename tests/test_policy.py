@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bestroute.policy import REFERENCE, InputBilling, accept, choose, estimated_cost, trade_off
+from bestroute.policy import (
+    REFERENCE,
+    InputBilling,
+    accept,
+    choose,
+    estimated_cost,
+    trade_off,
+    trade_off_one,
+)
 
 unit = st.floats(0, 1)
 sixteenths = st.integers(-16, 16).map(lambda n: n / 16)  # sums and products of these are exact
@@ -74,6 +82,23 @@ def test_a_trade_off_is_worth_most_and_more_than_the_reference(
     }
     ranked = sorted((i for i in worth if worth[i] > 0), key=lambda i: (-worth[i], costs[i], i))
     assert chosen == (ranked[0] if ranked else REFERENCE)
+
+
+@given(
+    st.lists(st.tuples(st.floats(-1, 1), st.floats(0, 1)), max_size=20)
+    | st.lists(st.tuples(st.sampled_from([0.0, 0.5, math.nan]), st.sampled_from([1.0, 2.0]))),
+    st.floats(0, 1) | st.just(3.0),
+    st.floats(-100, 100),
+)
+def test_one_prompt_by_itself_gets_the_same_arm(
+    arms: list[tuple[float, float]], reference_cost: float, rate: float
+) -> None:
+    """The same floats in plain Python: not about the same choice but the very same."""
+    gains, costs = [gain for gain, _ in arms], [cost for _, cost in arms]
+
+    alone = trade_off_one(gains, costs, reference_cost, rate)
+
+    assert alone == int(trade_off(gains, costs, reference_cost, rate))
 
 
 @given(traded, st.integers(0, 12), rates, st.sampled_from([0.25, 2.0, 1024.0]))

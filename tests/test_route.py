@@ -1,20 +1,22 @@
 """Route, RouteStream, Score and ListArms over a real channel to a real server."""
 
 import asyncio
+import hashlib
 import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
 
 from bestroute import engine
+from bestroute.app import serving
 from bestroute.config import Settings
 from bestroute.decision import Policy
 from bestroute.errors import DeadlineExceeded
 from bestroute.prompt import Prompt
 from bestroute.router import open_router
 from bestroute.v1 import routing_pb2 as pb
+from bestroute.v1 import routing_pb2_grpc
 from tests import tiny
 
 if TYPE_CHECKING:  # exists in the stub file only
@@ -132,19 +134,21 @@ async def test_the_router_model_failing_leaves_the_reference(
 
 
 async def test_concurrent_calls_share_batches(
-    stub: "RoutingServiceAsyncStub", monkeypatch: pytest.MonkeyPatch
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With an engine that takes its time, as a real network does."""
-    run = engine._run
+    run = engine._run_feeds
 
-    def slow(session: Any, inputs: Sequence[Sequence[int]]) -> list[engine.Row]:
-        time.sleep(0.02)
-        return run(session, inputs)
+    def slow(session: Any, feeds: dict[str, Any]) -> list[engine.Row]:
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 10_000)  # as a network, without the GIL
+        return run(session, feeds)
 
-    monkeypatch.setattr(engine, "_run", slow)
+    monkeypatch.setattr(engine, "_run_feeds", slow)
     requests = [pb.RouteRequest(prompt=f"word{i} easy") for i in range(64)]
 
-    responses = await asyncio.gather(*map(stub.Route, requests))
+    async with serving(settings) as server, grpc.aio.insecure_channel(server.address) as channel:
+        stub = routing_pb2_grpc.RoutingServiceStub(channel)
+        responses = await asyncio.gather(*map(stub.Route, requests))
 
     assert max(response.timing.batch_size for response in responses) > 4
 

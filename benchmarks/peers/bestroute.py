@@ -1,11 +1,15 @@
-"""bestroute as it is installed: `bestroute serve` with its default settings."""
+"""bestroute as it is installed: `bestroute serve` with its default settings.
+
+But that it remembers no prompts: the load asks the same few again and again, and would measure
+that.
+"""
 
 import os
 from pathlib import Path
 
 from benchmarks.peers.model import SYNTHETIC, Cost
 from bestroute import app
-from bestroute.config import Engine, Server, Settings
+from bestroute.config import Engine, Routing, Server, Settings
 
 
 def main() -> None:
@@ -16,6 +20,7 @@ def main() -> None:
         server=Server(listen=f"127.0.0.1:{port}"),
         # The same as its default on the cores that it may use; said, since all peers are told.
         engine=Engine(threads=int(os.environ["PEER_THREADS"])),
+        routing=Routing(cache_entries=0),
     )
     if SYNTHETIC in os.environ:
         from benchmarks import synthetic

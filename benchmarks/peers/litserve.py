@@ -5,7 +5,7 @@
 
 Settings, with the reasons:
 
-- max_batch_size 32, as all.
+- max_batch_size as all.
 - batch_timeout 0, its default: a worker takes what waits and never waits for more.
 - fast_queue: its documentation advises it (ZeroMQ instead of multiprocessing's queues) for speed.
 - one worker and one API server: all cores are the session's.
@@ -19,7 +19,7 @@ import litserve  # type: ignore[import-not-found]
 
 from benchmarks.peers.model import Model, Rows
 
-MAX_BATCH_SIZE = 32
+MAX_BATCH_SIZE = int(os.environ["PEER_MAX_BATCH"])
 BATCH_TIMEOUT = 0.0
 
 

@@ -5,7 +5,7 @@
 
 Settings, with the reasons:
 
-- max_batch_size 32, as all; max_batch_time 1 ms: above 0, which turns batching off, and as short as
+- max_batch_size as all; max_batch_time 1 ms: above 0, which turns batching off, and as short as
   its timer is useful, because every batch that isn't full waits as long.
 - one inference worker, its default: the network runs beside the server's event loop, not in it.
 - gRPC, its faster protocol. Its HTTP server can't be turned off, but nobody calls it.
@@ -28,7 +28,7 @@ from mlserver.types import InferenceRequest, InferenceResponse  # type: ignore[i
 
 from benchmarks.peers.model import Model
 
-MAX_BATCH_SIZE = 32
+MAX_BATCH_SIZE = int(os.environ["PEER_MAX_BATCH"])
 MAX_BATCH_TIME = 0.001
 PARALLEL_WORKERS = 1
 

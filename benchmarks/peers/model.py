@@ -7,6 +7,7 @@ the environment:
 - PEER_TOKENIZER: the `tokenizer.json`.
 - PEER_MAX_TOKENS: longest input, special tokens included; longer ones are cut.
 - PEER_THREADS: threads of a run.
+- PEER_MAX_BATCH: most prompts of a run; read by the servers.
 - PEER_TUNED: 1 opens the session with the options that bestroute uses, so that servers differ in
   nothing but serving; 0 with ONNX Runtime's defaults, as with a stock export.
 - BESTROUTE_SYNTHETIC: "a,b"; see `Cost`.

@@ -5,7 +5,7 @@
 
 Settings, with the reasons:
 
-- max_batch_size 32, as all; batch_wait_timeout_s 0: a batch doesn't wait to fill.
+- max_batch_size as all; batch_wait_timeout_s 0: a batch doesn't wait to fill.
 - max_ongoing_requests 4096: the default, 5, would keep batches from forming.
 - RAY_SERVE_THROUGHPUT_OPTIMIZED=1: its performance guide advises it for throughput and latency.
   That wants no blocking in the request path, so the network runs in a thread.
@@ -27,7 +27,7 @@ from starlette.requests import Request
 
 from benchmarks.peers.model import Model
 
-MAX_BATCH_SIZE = 32
+MAX_BATCH_SIZE = int(os.environ["PEER_MAX_BATCH"])
 BATCH_WAIT_TIMEOUT_S = 0.0
 MAX_ONGOING_REQUESTS = 4096
 

@@ -8,7 +8,7 @@ tokenizes. PyTriton itself isn't used: the server is started as it is outside of
 
 Settings, with the reasons:
 
-- max_batch_size 32, as all.
+- max_batch_size as all.
 - dynamic_batching with its defaults, where its guide has one start: an instance that becomes free
   takes what waits, without delay.
 - one instance: all cores are its session's.
@@ -24,14 +24,14 @@ from typing import Any
 
 from benchmarks.peers.model import Model
 
-CONFIG = """
+CONFIG = f"""
 name: "router"
 backend: "python"
-max_batch_size: 32
-dynamic_batching { }
-instance_group [ { count: 1, kind: KIND_CPU } ]
-input [ { name: "prompt", data_type: TYPE_STRING, dims: [ 1 ] } ]
-output [ { name: "row", data_type: TYPE_FP32, dims: [ -1 ] } ]
+max_batch_size: {os.environ["PEER_MAX_BATCH"]}
+dynamic_batching {{ }}
+instance_group [ {{ count: 1, kind: KIND_CPU }} ]
+input [ {{ name: "prompt", data_type: TYPE_STRING, dims: [ 1 ] }} ]
+output [ {{ name: "row", data_type: TYPE_FP32, dims: [ -1 ] }} ]
 """
 
 

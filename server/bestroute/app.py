@@ -2,19 +2,17 @@
 
 import asyncio
 import logging
-import os
-import signal
-import sys
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from bestroute import __version__, service
-from bestroute.config import ConfigInvalid, Settings
+from bestroute import service
+from bestroute.config import ConfigInvalid, Server, Settings
+from bestroute.process import first_signal, log_ready, log_to_stderr, new_event_loop
 from bestroute.router import open_router
 
 _log = logging.getLogger(__name__)
@@ -33,9 +31,11 @@ class Running:
 
     Attributes:
         address: host:port it really listens on.
+        bundle: name and version of what it serves.
     """
 
     address: str
+    bundle: str
 
 
 @asynccontextmanager
@@ -54,8 +54,9 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", limits.max_message_bytes),
-                # Two servers on one port would split the traffic between them without a word.
-                ("grpc.so_reuseport", 0),
+                # Two servers on one port would split the traffic between them without a word, which
+                # is what workers are to do. That they are alone there `workers` sees to.
+                ("grpc.so_reuseport", int(limits.workers > 1)),
                 # Clients may keep idle streams open through a NAT; the default is 5 minutes.
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
             ]
@@ -67,19 +68,12 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         reflection.enable_server_reflection(
             (service.NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server
         )
-        address = _bind(server, limits.listen)
+        address = _bind(server, limits)
         for name in ("liveness", *HEALTH_NAMES):
             await healths.set(name, health_pb2.HealthCheckResponse.SERVING)
         await server.start()
-        _log.info(
-            "bestroute %s serves bundle %s %s on %s",
-            __version__,
-            router.manifest.name,
-            router.manifest.version,
-            address,
-        )
         try:
-            yield Running(address)
+            yield Running(address, f"{router.manifest.name} {router.manifest.version}")
         finally:
             for name in HEALTH_NAMES:
                 await healths.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
@@ -89,56 +83,27 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
             await server.stop(limits.drain_timeout)
 
 
-def _bind(server: grpc.aio.Server, listen: str) -> str:
-    host, _, _port = listen.rpartition(":")
+def _bind(server: grpc.aio.Server, limits: Server) -> str:
+    host, _, _port = limits.listen.rpartition(":")
     try:
-        port = server.add_insecure_port(listen)
+        port = server.add_insecure_port(limits.listen)
     except RuntimeError as error:
-        raise ConfigInvalid(
-            f"server.listen = {listen!r}: can't listen there ({error}); "
-            "is another server on that port? Port 0 picks a free one"
-        ) from error
+        raise ConfigInvalid(limits.cannot_listen(error)) from error
     return f"{host}:{port}"
 
 
 def run(settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT, drain, and return the exit code; a second signal exits now."""
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=settings.log_level,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
-    logging.getLogger("httpx2").setLevel(logging.WARNING)  # one line per upstream call otherwise
-    asyncio.run(_serve_until_signal(settings))
+    log_to_stderr(settings.log_level)
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(_serve_until_signal(settings))
     return 0
 
 
 async def _serve_until_signal(settings: Settings) -> None:
-    with _signals() as stop:
-        async with serving(settings):
+    with first_signal() as stop:
+        async with serving(settings) as running:
+            log_ready(running.bundle, running.address)
             await stop.wait()
             _log.info("draining; a second signal exits now")
     _log.info("stopped")
-
-
-@contextmanager
-def _signals() -> Iterator[asyncio.Event]:
-    """An event set by the first SIGTERM or SIGINT; a second one ends the process at once."""
-    loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
-    numbers = (signal.SIGTERM, signal.SIGINT)
-
-    def first() -> None:
-        stop.set()
-        for number in numbers:
-            loop.remove_signal_handler(number)
-            # Not left to the default: the kernel ignores it for process 1, as in a container.
-            signal.signal(number, lambda number, _: os._exit(128 + number))
-
-    for number in numbers:
-        loop.add_signal_handler(number, first)
-    try:
-        yield stop
-    finally:
-        for number in numbers:
-            loop.remove_signal_handler(number)

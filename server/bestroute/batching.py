@@ -7,38 +7,26 @@ chosen, only shared. Knows nothing of networks: it batches any items that have a
 
 import asyncio
 import time
-from collections import deque
+from bisect import bisect_left, bisect_right
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from bestroute.errors import DeadlineExceeded, Overloaded
+from bestroute.partition import Budget, divided
 
 In = TypeVar("In")
 Out = TypeVar("Out")
 
-LOOKAHEAD = 4
-"""How many batches' worth of entries are looked at to fill one; bounds the cost of a decision."""
+_SMOOTHING = 0.2
+"""Weight of the latest in a moving average."""
+_ALONE = 0.75
+"""How many others an arrival may meet, on average, for runs to have the engine to themselves."""
 
 
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """What one batch may hold.
-
-    Attributes:
-        max_items: most items.
-        max_padded_tokens: most tokens, counting every item as long as the longest. An item that is
-            longer by itself runs alone.
-        max_padding: largest share of those tokens that may be padding, in [0, 1].
-    """
-
-    max_items: int
-    max_padded_tokens: int
-    max_padding: float
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Done(Generic[Out]):
     """A result and what it took.
 
@@ -75,45 +63,50 @@ class Pending(Generic[In, Out]):
 
 
 def take_batch(
-    queue: deque[Pending[In, Out]], budget: Budget, now: float
+    queue: deque[Pending[In, Out]], budget: Budget, window: int, now: float
 ) -> tuple[list[Pending[In, Out]], list[Pending[In, Out]]]:
     """Remove from the queue what runs next.
 
-    The oldest entry always runs, so nothing starves. The others join it first come, first served,
-    each if it fits into the budget: near enough in length, above all, since padding is computed
-    like text. What does not fit keeps its place.
+    The oldest entries are divided into batches as is cheapest, and the batch with the oldest of all
+    is taken. So the oldest always runs, and nobody is overtaken by more than a window. Among equals
+    in length it is first come, first served.
 
     Args:
         queue: oldest first; entries that are taken, late or abandoned are removed.
         budget: what one batch may hold.
+        window: how many entries are looked at.
         now: `time.monotonic()`; entries whose deadline is not after it are late.
 
     Returns:
         The batch, oldest first, and the late entries, which never run.
     """
-    batch: list[Pending[In, Out]] = []
+    live: list[Pending[In, Out]] = []
     late: list[Pending[In, Out]] = []
-    kept: list[Pending[In, Out]] = []
-    longest = total = 0
-    while queue and len(batch) < budget.max_items and len(kept) < LOOKAHEAD * budget.max_items:
+    while queue and len(live) < window:
         entry = queue.popleft()
         if entry.reply.done():
             continue
         if entry.deadline is not None and entry.deadline <= now:
             late.append(entry)
-            continue
-        padded = max(longest, entry.length) * (len(batch) + 1)
-        within = padded <= budget.max_padded_tokens
-        dense = total + entry.length >= (1 - budget.max_padding) * padded
-        if not batch or (within and dense):
-            batch.append(entry)
-            longest, total = max(longest, entry.length), total + entry.length
+        else:
+            live.append(entry)
+    if len(live) < 2:
+        return live, late
+    lengths = sorted(entry.length for entry in live)
+    ends = divided(lengths, budget)
+    # Equals can be in two batches; the oldest is in the first of them.
+    batch = bisect_right(ends, bisect_left(lengths, live[0].length))
+    places = Counter(lengths[ends[batch - 1] if batch else 0 : ends[batch]])
+    taken: list[Pending[In, Out]] = []
+    kept: list[Pending[In, Out]] = []
+    for entry in live:
+        if places[entry.length]:
+            places[entry.length] -= 1
+            taken.append(entry)
         else:
             kept.append(entry)
-        if longest * (len(batch) + 1) > budget.max_padded_tokens:
-            break
     queue.extendleft(reversed(kept))
-    return batch, late
+    return taken, late
 
 
 class Batcher(Generic[In, Out]):
@@ -127,8 +120,14 @@ class Batcher(Generic[In, Out]):
         run: takes a batch and gives one output per item in the same order.
         length: an item's length in tokens.
         budget: what one batch may hold.
+        window: how many of the oldest items a batch is made from.
         max_queue: items that may wait.
-        in_flight: batches that may run at once.
+        in_flight: batches that may be under way at once.
+        run_alone: the same as `run`, but has all of the engine: sooner back, while several at once
+            get more done. It is chosen while callers hardly ever meet others. None: there is none.
+        run_now: the same as `run`, but blocking, for batches so small that handing them to a thread
+            takes longer than running them.
+        now_tokens: most padded tokens of such a batch; 0: there are none.
     """
 
     def __init__(
@@ -137,15 +136,22 @@ class Batcher(Generic[In, Out]):
         *,
         length: Callable[[In], int],
         budget: Budget,
+        window: int,
         max_queue: int,
         in_flight: int = 1,
+        run_alone: Callable[[Sequence[In]], Awaitable[Sequence[Out]]] | None = None,
+        run_now: Callable[[Sequence[In]], Sequence[Out]] | None = None,
+        now_tokens: float = 0.0,
     ) -> None:
-        self._run, self._length, self._budget, self._max_queue = run, length, budget, max_queue
-        self._slots = asyncio.Semaphore(in_flight)
+        self._run, self._length, self._max_queue = run, length, max_queue
+        self._budget, self._window = budget, window
+        self._run_alone, self._run_now, self._now_tokens = run_alone, run_now, now_tokens
+        self._in_flight, self._free = in_flight, in_flight
         self._queue: deque[Pending[In, Out]] = deque()
-        self._wake = asyncio.Event()
-        self._open = False
-        self._seconds_per_item = 0.0
+        self._runs: asyncio.TaskGroup | None = None
+        self._open = self._due = False
+        self._settled = asyncio.Event()
+        self._seconds_per_item = self._others = 0.0
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -154,23 +160,28 @@ class Batcher(Generic[In, Out]):
         A bug in the loop cancels the block and comes out of it: it is never logged and lost.
         """
         try:
-            async with asyncio.TaskGroup() as tasks:
+            async with asyncio.TaskGroup() as self._runs:
                 self._open = True
-                tasks.create_task(self._serve(tasks), name="batcher")
                 try:
                     yield
                 finally:
                     self._open = False
-                    self._wake.set()
+                while self._queue or self._free < self._in_flight:
+                    self._settled.clear()
+                    await self._settled.wait()
         except BaseExceptionGroup as group:
             if len(group.exceptions) > 1:
                 raise
             # The block's own error should look as if there were no group around it.
             raise group.exceptions[0] from None
+        finally:  # only where the block failed or was cancelled is anyone left
+            for entry in self._queue:
+                entry.reply.cancel()
 
     async def submit(self, item: In, *, deadline: float | None = None) -> Done[Out]:
         """Run one item; see `submit_all`."""
-        return (await self.submit_all([item], deadline=deadline))[0]
+        (entry,) = self._queued([item], deadline)
+        return await entry.reply
 
     async def submit_all(
         self, items: Sequence[In], *, deadline: float | None = None
@@ -185,73 +196,133 @@ class Batcher(Generic[In, Out]):
             One result per item, in order.
 
         Raises:
-            Overloaded: the queue has no room for all of them, or serving has ended.
+            Overloaded: the queue has no room for all of them, or is too long for the deadline, or
+                serving has ended.
             DeadlineExceeded: the deadline passed before they ran.
             Exception: whatever the run raised.
         """
-        if deadline is not None and deadline <= time.monotonic():
-            raise DeadlineExceeded("the deadline had passed when the request arrived")
-        if not self._open or len(self._queue) + len(items) > self._max_queue:
-            wait = max(0.01, len(self._queue) * self._seconds_per_item)
-            raise Overloaded(f"{len(self._queue)} requests are waiting already", wait)
-        loop = asyncio.get_running_loop()
-        entries = [
-            Pending[In, Out](item, self._length(item), deadline, loop.create_future())
-            for item in items
-        ]
-        self._queue.extend(entries)
-        self._wake.set()
+        entries = self._queued(items, deadline)
         try:
             return await asyncio.gather(*(entry.reply for entry in entries))
         finally:
             for entry in entries:  # the caller left, or a sibling failed: the rest must not run
                 entry.reply.cancel()
 
-    async def _serve(self, runs: asyncio.TaskGroup) -> None:
-        try:
-            while self._open or self._queue:
-                if not self._queue:
-                    self._wake.clear()
-                    await self._wake.wait()
-                    continue
-                # The batch is taken once it can run: until then it may still fill.
-                await self._slots.acquire()
-                batch, late = take_batch(self._queue, self._budget, time.monotonic())
-                for entry in late:
-                    entry.reply.set_exception(
-                        DeadlineExceeded("the deadline passed while the request was waiting")
-                    )
-                if batch:
-                    runs.create_task(self._run_batch(batch))
-                else:
-                    self._slots.release()
-        finally:  # only where the loop itself is cancelled is anyone left
-            for entry in self._queue:
-                entry.reply.cancel()
+    def _queued(self, items: Sequence[In], deadline: float | None) -> list[Pending[In, Out]]:
+        now = time.monotonic()
+        if deadline is not None and deadline <= now:
+            raise DeadlineExceeded("the deadline had passed when the request arrived")
+        waiting = len(self._queue)
+        if not self._open or waiting + len(items) > self._max_queue:
+            raise Overloaded(f"{waiting} requests are waiting already", self._wait())
+        if deadline is not None and waiting and now + (wait := self._wait()) > deadline:
+            raise Overloaded(
+                f"{waiting} requests are waiting already, which takes longer than this one's "
+                f"deadline of {deadline - now:.3f} s",
+                wait,
+            )
+        met = waiting + self._in_flight - self._free + len(items) - 1
+        self._others += _SMOOTHING * (met - self._others)
+        loop = asyncio.get_running_loop()
+        entries = [
+            Pending(item, self._length(item), deadline, loop.create_future(), now) for item in items
+        ]
+        self._queue.extend(entries)
+        self._schedule()
+        return entries
 
-    async def _run_batch(self, taken: list[Pending[In, Out]]) -> None:
+    def _wait(self) -> float:
+        """About how many seconds what is queued will take."""
+        return max(0.01, len(self._queue) * self._seconds_per_item / self._in_flight)
+
+    def _schedule(self) -> None:
+        """See that something runs next: after whatever else has arrived by now is queued, too."""
+        if not self._due and self._free and self._queue:
+            self._due = True
+            asyncio.get_running_loop().call_soon(self._next)
+
+    def _next(self) -> None:
+        self._due = False
+        assert self._runs is not None
+        try:
+            self._start(self._runs)
+        except BaseException as error:
+            # Raised here it would be logged and forgotten: a server that never answers again.
+            self._runs.create_task(_raised(error))
+        else:
+            self._schedule()
+            self._settled.set()
+
+    def _start(self, runs: asyncio.TaskGroup) -> None:
+        """Run the next batch: at once, or as a task."""
+        batch, late = take_batch(self._queue, self._budget, self._window, time.monotonic())
+        for entry in late:
+            entry.reply.set_exception(
+                DeadlineExceeded("the deadline passed while the request was waiting")
+            )
+        if not batch:
+            return
+        padded = max(entry.length for entry in batch) * len(batch)
+        if self._run_now is None or padded > self._now_tokens:
+            idle = self._free == self._in_flight
+            if self._run_alone and idle and self._others < _ALONE:
+                self._free = 0
+                runs.create_task(self._run_batch(batch, self._run_alone, self._in_flight))
+            else:
+                self._free -= 1
+                runs.create_task(self._run_batch(batch, self._run, 1))
+            return
+        start = time.monotonic()
+        try:
+            self._resolve(batch, self._run_now([entry.item for entry in batch]), start)
+        except Exception as error:
+            _fail(batch, error)
+
+    async def _run_batch(
+        self,
+        taken: list[Pending[In, Out]],
+        run: Callable[[Sequence[In]], Awaitable[Sequence[Out]]],
+        slots: int,
+    ) -> None:
         start = time.monotonic()
         # Whoever left between the taking and this task's first step must not run either.
         batch = [entry for entry in taken if not entry.reply.done()]
         try:
-            if not batch:
-                return
-            outputs = await self._run([entry.item for entry in batch])
-            if len(outputs) != len(batch):
-                raise RuntimeError(f"the engine gave {len(outputs)} outputs for {len(batch)} items")
+            if batch:
+                self._resolve(batch, await run([entry.item for entry in batch]), start)
         except Exception as error:
-            for entry in batch:
-                if not entry.reply.done():
-                    entry.reply.set_exception(error)
-            return
-        except asyncio.CancelledError:
+            _fail(batch, error)
+        except asyncio.CancelledError:  # serving has failed as a whole; nothing more may run
             for entry in batch:
                 entry.reply.cancel()
             raise
-        finally:
-            self._slots.release()
-        ran = time.monotonic() - start
-        self._seconds_per_item = ran / len(batch)
+        self._free += slots
+        self._schedule()
+        self._settled.set()
+
+    def _resolve(
+        self, batch: Sequence[Pending[In, Out]], outputs: Sequence[Out], start: float
+    ) -> None:
+        """Give each entry its output.
+
+        Raises:
+            RuntimeError: there are more or fewer.
+        """
+        if len(outputs) != len(batch):
+            raise RuntimeError(f"the engine gave {len(outputs)} outputs for {len(batch)} items")
+        ran, size = time.monotonic() - start, len(batch)
+        known, latest = self._seconds_per_item, ran / size
+        self._seconds_per_item = known + _SMOOTHING * (latest - known) if known else latest
         for entry, value in zip(batch, outputs, strict=True):
             if not entry.reply.done():
-                entry.reply.set_result(Done(value, start - entry.since, ran, len(batch)))
+                entry.reply.set_result(Done(value, start - entry.since, ran, size))
+
+
+def _fail(batch: Sequence[Pending[In, Out]], error: Exception) -> None:
+    for entry in batch:
+        if not entry.reply.done():
+            entry.reply.set_exception(error)
+
+
+async def _raised(error: BaseException) -> None:
+    raise error

@@ -43,6 +43,8 @@ class Server(_Section):
 
     Attributes:
         listen: host:port; port 0 picks a free one, which is logged.
+        workers: processes that serve there, each with an event loop, networks and memory of its
+            own; other limits hold for each. The kernel spreads connections over them, not calls.
         max_prompt_bytes: largest prompt (or conversation) taken, in bytes of UTF-8.
         max_responses: most answers that one Score takes.
         max_message_bytes: largest message read off the wire; beyond it gRPC itself refuses.
@@ -53,12 +55,20 @@ class Server(_Section):
     """
 
     listen: str = "127.0.0.1:50051"
+    workers: Count = 1
     max_prompt_bytes: Count = 128 * 1024
     max_responses: Count = 64
     max_message_bytes: Count = 16 * 1024 * 1024
     stream_window: Count = 256
     drain_delay: Delay = 0.0
     drain_timeout: Delay = 30.0
+
+    def cannot_listen(self, error: object) -> str:
+        """What to say where the address can't be had."""
+        return (
+            f"server.listen = {self.listen!r}: can't listen there ({error}); "
+            "is another server on that port? Port 0 picks a free one"
+        )
 
 
 class Engine(_Section):
@@ -68,7 +78,8 @@ class Engine(_Section):
         provider: cpu, cuda or tensorrt; one that can't be loaded is an error, never the CPU.
         precision: which of the bundle's files to load; unset takes fp32 on the CPU, and on a GPU
             fp16, else fp32. TensorRT is given fp16 only, CUDA runs the rest; int8 is for CPUs.
-        threads: threads of one run; unset takes the CPUs this process may use (its cgroup quota).
+        threads: threads of one run; unset takes the CPUs this process may use (its cgroup quota),
+            divided by the workers.
         cache: directory for compiled TensorRT engines, kept between starts.
     """
 
@@ -82,13 +93,13 @@ class Batching(_Section):
     """Dynamic batching, for the router and for the reward model alike.
 
     Attributes:
-        max_items: most inputs in one run.
+        max_items: most inputs in one run. Unset takes 32 on a CPU and 128 on a GPU.
         max_padded_tokens: most tokens in one run, padding included (inputs * longest input); one
             input alone may be longer. Unset takes the measured default of the engine's provider.
         max_queue: inputs that may wait; beyond it calls are refused as RESOURCE_EXHAUSTED.
     """
 
-    max_items: Count = 32
+    max_items: Count | None = None
     max_padded_tokens: Count | None = None
     max_queue: Count = 1024
 
@@ -98,9 +109,12 @@ class Routing(_Section):
 
     Attributes:
         fail_open: answer with the reference if the router model fails; otherwise INTERNAL.
+        cache_entries: prompts whose predictions are remembered, the ones asked for last; 0: none.
+            Prompts are kept as digests. Targets, limits and prices are applied anew to each call.
     """
 
     fail_open: bool = True
+    cache_entries: Annotated[int, Field(ge=0)] = 8192
 
 
 class Provider(_Section):

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -11,7 +10,7 @@ from bestroute.best_of_n import Result
 from bestroute.candidate import Candidate
 from bestroute.completion import Delta, Usage
 from bestroute.config import Server
-from bestroute.decision import Fallback, Option, Policy
+from bestroute.decision import Fallback, Option, Policy, Rate, Threshold
 from bestroute.errors import InvalidRequest
 from bestroute.manifest import Gate, TradeOffs
 from bestroute.prompt import ROLES, Message, Prompt
@@ -27,6 +26,7 @@ _FALLBACKS: dict[Fallback | None, pb.FallbackReason.ValueType] = {
     Fallback.OVER_BUDGET: pb.FALLBACK_REASON_OVER_BUDGET,
     Fallback.ROUTER_FAILED: pb.FALLBACK_REASON_ROUTER_FAILED,
 }
+_DEFAULT = Policy()
 
 
 def prompt(request: pb.RouteRequest | pb.ScoreRequest, max_bytes: int) -> Prompt:
@@ -68,6 +68,8 @@ def _check_text(field: str, text: str) -> None:
 
 def policy(message: pb.RoutingPolicy) -> Policy:
     """The domain's policy; 0 in a limit means that there is none."""
+    if not message.ListFields():
+        return _DEFAULT
     target = message.WhichOneof("target")
     return Policy(
         **({target: getattr(message, target)} if target else {}),
@@ -155,12 +157,13 @@ def route_response(
     request_id: str, routed: Routed, bundle_version: str, *, explain: bool
 ) -> pb.RouteResponse:
     """The message for a decision."""
-    decision = routed.decision
+    decision, criterion = routed.decision, routed.decision.criterion
     return pb.RouteResponse(
         request_id=request_id,
         arm=arm(decision.arm),
         reference=arm(decision.reference),
-        **asdict(decision.criterion),
+        match_threshold=criterion.match_threshold if isinstance(criterion, Threshold) else 0.0,
+        quality_per_usd=criterion.quality_per_usd if isinstance(criterion, Rate) else None,
         fallback_reason=_FALLBACKS[decision.fallback],
         prompt_tokens=routed.prompt_tokens,
         truncated=routed.truncated,
@@ -204,12 +207,15 @@ def gate(value: Gate) -> pb.Gate:
 
 def timing(value: Timing) -> pb.Timing:
     """The message for a timing."""
-    return pb.Timing(
-        tokenize=duration(value.tokenize),
-        queue=duration(value.queue),
-        inference=duration(value.inference),
-        batch_size=value.batch_size,
-    )
+    message = pb.Timing(batch_size=value.batch_size)
+    # Set in place: a Duration made and copied into the message takes three times as long.
+    for part, seconds in (
+        (message.tokenize, value.tokenize),
+        (message.queue, value.queue),
+        (message.inference, value.inference),
+    ):
+        part.seconds, part.nanos = divmod(round(seconds * 1e9), 1_000_000_000)
+    return message
 
 
 def duration(seconds: float) -> Duration:

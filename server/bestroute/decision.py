@@ -1,9 +1,11 @@
 """From the router's row to a decision: targets, limits, prices and fallbacks. Pure."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum, auto
+from functools import lru_cache
+from typing import NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -11,11 +13,14 @@ import numpy.typing as npt
 from bestroute.config import instead
 from bestroute.errors import InvalidRequest
 from bestroute.manifest import Arm, Manifest, TradeOffs
-from bestroute.policy import REFERENCE, choose, estimated_cost, trade_off
+from bestroute.policy import REFERENCE, choose, estimated_cost, trade_off, trade_off_one
 from bestroute.pricing import ModelPrice
 from bestroute.promise import least_loss, rate_for, threshold_for
 
 Floats = npt.NDArray[np.float64]
+
+_PLANS = 1024
+"""Policies whose plans are kept; callers send few different ones."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,7 @@ class Policy:
     expected_output_tokens: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Option:
+class Option(NamedTuple):
     """An arm for one prompt, as far as it is known.
 
     Attributes:
@@ -52,6 +56,55 @@ class Option:
     expected_gain: float | None
     expected_output_tokens: float
     estimated_cost_usd: float
+
+
+class Options(Sequence[Option]):
+    """Every arm for one prompt, in the manifest's order; made into an `Option` when it is read.
+
+    Few callers read more than the one that was chosen, and making them all takes longer than
+    choosing.
+
+    Args:
+        arms: model and samples of each, A of them.
+        match_probability: [A]; None: all unknown, given as 0.
+        expected_gain: [A], or None.
+        expected_output_tokens: [A].
+        estimated_cost_usd: [A].
+    """
+
+    __slots__ = ("_arms", "_costs", "_gains", "_probabilities", "_tokens")
+
+    def __init__(
+        self,
+        arms: Sequence[tuple[str, int]],
+        match_probability: Floats | None,
+        expected_gain: Floats | None,
+        expected_output_tokens: Floats,
+        estimated_cost_usd: Floats,
+    ) -> None:
+        self._arms, self._probabilities, self._gains = arms, match_probability, expected_gain
+        self._tokens, self._costs = expected_output_tokens, estimated_cost_usd
+
+    @overload
+    def __getitem__(self, index: int) -> Option: ...
+    @overload
+    def __getitem__(self, index: slice) -> "list[Option]": ...
+    def __getitem__(self, index: int | slice) -> "Option | list[Option]":
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        return Option(
+            *self._arms[index],
+            0.0 if self._probabilities is None else float(self._probabilities[index]),
+            None if self._gains is None else float(self._gains[index]),
+            float(self._tokens[index]),
+            float(self._costs[index]),
+        )
+
+    def __len__(self) -> int:
+        return len(self._arms)
+
+    def __iter__(self) -> Iterator[Option]:
+        return (self[index] for index in range(len(self)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +133,14 @@ class Fallback(Enum):
     ROUTER_FAILED = auto()
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """What to run, what always asking the reference would be, and all there was to choose from."""
 
     arm: Option
     reference: Option
     criterion: Criterion
     fallback: Fallback | None
-    options: tuple[Option, ...]
+    options: Sequence[Option]
 
 
 def rate_of(trade_offs: TradeOffs, policy: Policy) -> float:
@@ -104,6 +156,21 @@ def rate_of(trade_offs: TradeOffs, policy: Policy) -> float:
     return trade_offs.default_quality_per_usd
 
 
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What a policy comes to with one bundle, whatever the prompt.
+
+    Attributes:
+        criterion: by what an arm is chosen.
+        allowed: bool [A], by model and samples; None: all are.
+        output_tokens: of one answer of each model, [M], where the caller knows; else None.
+    """
+
+    criterion: Criterion
+    allowed: npt.NDArray[np.bool_] | None
+    output_tokens: Floats | None
+
+
 class Rules:
     """The decision rule over one bundle's arms at given prices.
 
@@ -114,7 +181,9 @@ class Rules:
 
     def __init__(self, manifest: Manifest, prices: Mapping[str, ModelPrice]) -> None:
         self._manifest = manifest
-        arms, names = manifest.arms, [model.name for model in manifest.models]
+        names = [model.name for model in manifest.models]
+        # The reference's single answer is priced along with the arms, as one more at the end.
+        arms = (*manifest.arms, Arm(model=manifest.reference_model, samples=1))
         self._models = np.array([names.index(arm.model) for arm in arms], dtype=np.int64)
         self._samples = np.array([arm.samples for arm in arms], dtype=np.int64)
         self._prompts = np.array([prices[a.model].billing.prompts(a.samples) for a in arms])
@@ -122,6 +191,8 @@ class Rules:
         self._output_usd = np.array([prices[arm.model].output_usd_per_mtok for arm in arms])
         self._mean_output_tokens = np.array([m.mean_output_tokens for m in manifest.models])
         self._names, self._prices = names, prices
+        self._arms = tuple((arm.model, arm.samples) for arm in manifest.arms)
+        self._plan = lru_cache(_PLANS)(self._planned)
 
     def check(self, policy: Policy) -> None:
         """Refuse a policy that can't be followed.
@@ -129,8 +200,18 @@ class Rules:
         Raises:
             InvalidRequest: names the field and what to send instead.
         """
+        self._plan(policy)
+
+    def _planned(self, policy: Policy) -> _Plan:
         self._check_fields(policy)
-        self.criterion(policy)
+        criterion = self.criterion(policy)
+        allowed = None
+        if policy.allowed_models is not None or policy.max_samples is not None:
+            names = set(self._names if policy.allowed_models is None else policy.allowed_models)
+            allowed = np.array([arm.model in names for arm in self._manifest.arms], dtype=bool)
+            if policy.max_samples is not None:
+                allowed &= self._samples[:-1] <= policy.max_samples
+        return _Plan(criterion, allowed, self._told_output_tokens(policy))
 
     def _check_fields(self, policy: Policy) -> None:
         for field in ("match_threshold", "max_quality_drop", "min_cost_saving"):
@@ -171,39 +252,66 @@ class Rules:
         Args:
             row: the router's output for the prompt, float32 [A] or [2A + M]; see `bundle`.
             prompt_tokens: length of the prompt.
-            policy: checked by `check`.
+            policy: target and limits.
 
         Raises:
-            InvalidRequest: every arm and the reference cost more than `max_cost_usd`.
+            InvalidRequest: the policy can't be followed, or every arm and the reference cost more
+                than `max_cost_usd`.
         """
-        count = len(self._samples)
+        plan, count = self._plan(policy), len(self._arms)
+        values = row.astype(np.float64)
+        probabilities = values[:count]
         # Without trade-offs there are no columns of the latter two.
-        probabilities, gains, predicted = np.split(row.astype(np.float64), [count, 2 * count])
-        tokens = self._output_tokens(policy, predicted if predicted.size else None)
+        gains, predicted = (
+            (None, None)
+            if len(values) == count
+            else (values[count : 2 * count], values[2 * count :])
+        )
+        by_model = self._mean_output_tokens if predicted is None else predicted
+        tokens = (by_model if plan.output_tokens is None else plan.output_tokens)[self._models]
         costs = self._costs(prompt_tokens, tokens)
-        options = tuple(self._options(probabilities, gains if gains.size else None, tokens, costs))
-        reference = self._reference(prompt_tokens, tokens, 0.0 if gains.size else None)
-        allowed = self._allowed(policy, costs)
-        criterion = self.criterion(policy)
+        tokens, costs, (reference_tokens, reference_cost) = (
+            tokens[:-1],
+            costs[:-1],
+            (float(tokens[-1]), float(costs[-1])),
+        )
+        options = Options(self._arms, probabilities, gains, tokens, costs)
+        reference = Option(
+            self._manifest.reference_model,
+            1,
+            1.0,
+            None if gains is None else 0.0,
+            reference_tokens,
+            reference_cost,
+        )
+        limit = policy.max_cost_usd
+        allowed = True if plan.allowed is None else plan.allowed
+        if limit is not None:
+            allowed = (costs <= limit) & allowed
+        criterion = plan.criterion
         if isinstance(criterion, Threshold):
             merits = probabilities
             best = int(choose(probabilities, costs, criterion.match_threshold, allowed))
         else:
-            merits, paid = gains, reference.estimated_cost_usd
-            best = int(trade_off(gains, costs, paid, criterion.quality_per_usd, allowed))
+            assert gains is not None  # a bundle that has rates has gains
+            merits, rate = gains, criterion.quality_per_usd
+            if allowed is True:
+                best = trade_off_one(gains.tolist(), costs.tolist(), reference_cost, rate)
+            else:
+                best = int(trade_off(gains, costs, reference_cost, rate, allowed))
         if best != REFERENCE:
             return Decision(options[best], reference, criterion, None, options)
         fallback = Decision(reference, reference, criterion, Fallback.BELOW_THRESHOLD, options)
-        if policy.max_cost_usd is None or reference.estimated_cost_usd <= policy.max_cost_usd:
+        if limit is None or reference_cost <= limit:
             return fallback
-        if not allowed.any():
+        if not np.any(allowed):
             raise InvalidRequest(
                 "policy.max_cost_usd",
                 f"no allowed arm costs so little for this prompt; the cheapest of all is estimated "
                 f"at {costs.min():.8f} USD",
             )
         promising = options[int(np.where(allowed, merits, -np.inf).argmax())]
-        return replace(fallback, arm=promising, fallback=Fallback.OVER_BUDGET)
+        return fallback._replace(arm=promising, fallback=Fallback.OVER_BUDGET)
 
     def fixed(
         self, model: str, samples: int, prompt_tokens: int, policy: Policy, *, gated: bool = False
@@ -228,79 +336,55 @@ class Rules:
         self._check_fields(policy)
         gate = self._manifest.gate(Arm(model=model, samples=samples)) if gated else None
         criterion = Rate(rate_of(gate.trade_offs, policy)) if gate else self.criterion(policy)
-        tokens = self._output_tokens(policy)
+        tokens = self._told_output_tokens(policy)
         reference = self._reference(prompt_tokens, tokens)
         probability = 1.0 if model == reference.model else 0.0
-        arm = self._option(model, samples, probability, None, prompt_tokens, tokens)
+        arm = self._option(model, samples, probability, prompt_tokens, tokens)
         return Decision(arm, reference, criterion, None, ())
 
     def without_router(self, prompt_tokens: int, policy: Policy) -> Decision:
         """What to run when the router model has failed: the reference."""
-        reference = self._reference(prompt_tokens, self._output_tokens(policy))
-        return Decision(reference, reference, self.criterion(policy), Fallback.ROUTER_FAILED, ())
+        plan = self._plan(policy)
+        reference = self._reference(prompt_tokens, plan.output_tokens)
+        return Decision(reference, reference, plan.criterion, Fallback.ROUTER_FAILED, ())
 
-    def arms(self) -> list[Option]:
+    def arms(self) -> Sequence[Option]:
         """Every arm, priced for an empty prompt, with no probability (0) and no gain."""
-        tokens = self._mean_output_tokens
-        return self._options(np.zeros(len(self._samples)), None, tokens, self._costs(0, tokens))
-
-    def _options(
-        self, probabilities: Floats, gains: Floats | None, output_tokens: Floats, costs: Floats
-    ) -> list[Option]:
-        unknown: list[None] = [None] * len(costs)
-        columns = (
-            probabilities.tolist(),
-            unknown if gains is None else gains.tolist(),
-            output_tokens[self._models].tolist(),
-            costs.tolist(),
-        )
-        arms = zip(self._manifest.arms, *columns, strict=True)
-        return [Option(arm.model, arm.samples, *values) for arm, *values in arms]
-
-    def _allowed(self, policy: Policy, costs: Floats) -> npt.NDArray[np.bool_]:
-        allowed = np.ones(len(costs), dtype=bool)
-        if policy.allowed_models is not None:
-            names = set(policy.allowed_models)
-            allowed &= np.array([arm.model in names for arm in self._manifest.arms])
-        if policy.max_samples is not None:
-            allowed &= self._samples <= policy.max_samples
-        if policy.max_cost_usd is not None:
-            allowed &= costs <= policy.max_cost_usd
-        return allowed
+        tokens = self._mean_output_tokens[self._models]
+        return Options(self._arms, None, None, tokens[:-1], self._costs(0, tokens)[:-1])
 
     def _costs(self, prompt_tokens: int, output_tokens: Floats) -> Floats:
-        """Of every arm, USD [A]; output tokens per model, [M]."""
+        """Of every arm and the reference, USD [A + 1]; output tokens of one answer of each."""
         return estimated_cost(
             samples=self._samples,
             input_tokens=prompt_tokens,
-            output_tokens=output_tokens[self._models],
+            output_tokens=output_tokens,
             input_usd_per_mtok=self._input_usd,
             output_usd_per_mtok=self._output_usd,
             prompts_billed=self._prompts,
         )
 
-    def _output_tokens(self, policy: Policy, predicted: Floats | None = None) -> Floats:
-        """What one answer of each model is expected to have, [M]; the caller knows best."""
-        if policy.expected_output_tokens:
-            return np.full(len(self._names), float(policy.expected_output_tokens))
-        return self._mean_output_tokens if predicted is None else predicted
+    def _told_output_tokens(self, policy: Policy) -> Floats | None:
+        """What the caller expects one answer of each model to have, [M]; None if it didn't say."""
+        told = policy.expected_output_tokens
+        return np.full(len(self._names), float(told)) if told else None
 
-    def _reference(
-        self, prompt_tokens: int, output_tokens: Floats, gain: float | None = None
-    ) -> Option:
+    def _reference(self, prompt_tokens: int, told_output_tokens: Floats | None) -> Option:
         name = self._manifest.reference_model
-        return self._option(name, 1, 1.0, gain, prompt_tokens, output_tokens)
+        return self._option(name, 1, 1.0, prompt_tokens, told_output_tokens)
 
     def _option(
         self,
         model: str,
         samples: int,
         probability: float,
-        gain: float | None,
         prompt_tokens: int,
-        output_tokens: Floats,
+        told_output_tokens: Floats | None,
     ) -> Option:
-        """Any number of samples of any model of the pool, priced."""
+        """Any number of samples of any model of the pool, priced without the router."""
+        output_tokens = (
+            self._mean_output_tokens if told_output_tokens is None else told_output_tokens
+        )
         price, tokens = self._prices[model], float(output_tokens[self._names.index(model)])
         cost = estimated_cost(
             samples=samples,
@@ -310,4 +394,4 @@ class Rules:
             output_usd_per_mtok=price.output_usd_per_mtok,
             prompts_billed=price.billing.prompts(samples),
         )
-        return Option(model, samples, probability, gain, tokens, float(cost))
+        return Option(model, samples, probability, None, tokens, float(cost))

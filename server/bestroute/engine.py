@@ -5,9 +5,12 @@ import ctypes
 import logging
 import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,6 +29,11 @@ Row = npt.NDArray[np.float32]
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _WARM_UP_LENGTHS = (16, 64, 128, 256, 512)
+_TYPICAL_LENGTH = 64
+"""Tokens of the inputs by which a run's cost is measured: of a usual, rather short prompt."""
+_MEASURED_RUNS = 3
+_WIDE_FROM = 0.001
+"""Seconds of a run from which it gains from a second thread."""
 
 
 def cpus() -> int:
@@ -76,8 +84,23 @@ def settled(settings: EngineSettings, files: Collection[Precision]) -> EngineSet
     return settings
 
 
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Time of a run on one thread (or on a GPU), as `per_run + per_token * padded tokens`; seconds.
+
+    It decides which batches pay, so that nobody has to say so: see `bestroute.batching.Budget`.
+    """
+
+    per_run: float
+    per_token: float
+
+    def seconds(self, padded_tokens: int) -> float:
+        """Of a run with so many tokens, padding included."""
+        return self.per_run + self.per_token * padded_tokens
+
+
 class Engine:
-    """One network with threads of its own; `async with` it.
+    """One network with threads of its own, warm; `async with` it.
 
     Args:
         path: the ONNX file. Inputs `input_ids` and `attention_mask`, int64 [B, T]; the first
@@ -85,11 +108,13 @@ class Engine:
         settings: provider, threads, cache.
         max_items: largest B.
         max_tokens: longest T.
+        padded_tokens: largest B * T of more than one input, for `warm_up_shapes`.
         wide: on a CPU, whether a run that has the machine nearly to itself takes all cores. It is
             back sooner, for the price of the weights in memory a second time.
 
     Attributes:
         concurrency: runs that it is good to have under way at once.
+        cost: of a run, as measured at start.
 
     Raises:
         BundleInvalid: the file is no network that can be loaded.
@@ -103,30 +128,36 @@ class Engine:
         *,
         max_items: int,
         max_tokens: int,
+        padded_tokens: int = 0,
         wide: bool = True,
     ) -> None:
-        cores = settings.threads or cpus()
+        cores, on_cpu = settings.threads or cpus(), settings.provider == "cpu"
 
         def opened(threads: int) -> Any:
             return open_session(
                 path, settings, max_items=max_items, max_tokens=max_tokens, threads=threads
             )
 
-        if settings.provider != "cpu":
-            self._lane = self._wide = opened(cores)
-            self.concurrency, self._wide_runs = 1, 1
+        # On a CPU, threads of one run wait for the slowest after each operator, so that several
+        # runs of one thread each get more done than one run of several.
+        self._lane = self._wide = opened(1 if on_cpu else cores)
+        if not on_cpu:
             _check_placement(self._lane, path, settings.provider)
-        else:
-            # Threads of one run wait for the slowest after each operator, so several runs of one
-            # thread each get more done than one run of several. One run more than there are cores
-            # computes while another waits for the event loop.
-            self._lane = self._wide = opened(1)
-            self.concurrency, self._wide_runs = cores + 1, max(1, cores // 2)
-            if wide and cores > 1:
-                self._wide = opened(cores)
-        self._running = 0
-        self._max_items = max_items if settings.provider != "cpu" else 1
-        self._max_tokens = max_tokens
+        shapes = warm_up_shapes(1 if on_cpu else max_items, max_tokens, padded_tokens)
+        _warm_up(self._lane, shapes)
+        # A run of one thread is the caller's own: its CPU time is not lengthened by other work.
+        clock = time.thread_time if on_cpu else time.perf_counter
+        typical, several = min(_TYPICAL_LENGTH, max_tokens), min(4, max_items)
+        self.cost = _measured(self._lane, clock, typical, several)
+        # Where a run is over before a second thread has woken up, one is faster.
+        if on_cpu and wide and cores > 1 and self.cost.seconds(_TYPICAL_LENGTH) > _WIDE_FROM:
+            self._wide = opened(cores)
+            _warm_up(self._wide, shapes)
+        computed = cores if on_cpu else 1
+        # A GPU's next batch waits, padded, so that it begins where one ends. On a CPU that gains
+        # nothing: measured, a core that the event loop has to itself for a moment is worth more.
+        self.concurrency = computed if on_cpu else computed + 1
+        self._computing = threading.Semaphore(computed)
         self._threads = ThreadPoolExecutor(
             self.concurrency, thread_name_prefix=f"engine-{path.stem}"
         )
@@ -142,25 +173,25 @@ class Engine:
         """
         return _run(self._wide, inputs)
 
+    @property
+    def is_wide(self) -> bool:
+        """Whether `alone` is any different."""
+        return self._wide is not self._lane
+
     async def __call__(self, inputs: Sequence[Sequence[int]]) -> list[Row]:
-        """Run one batch on a thread of the engine."""
-        session = self._wide if self._running < self._wide_runs else self._lane
-        self._running += 1
-        try:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._threads, _run, session, inputs)
-        finally:
-            self._running -= 1
+        """Run one batch of several at once, on a thread of the engine."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self._in_turn, self._lane, inputs)
 
-    def warm_up(self, padded_tokens: int = 0) -> None:
-        """Run every shape bucket once, so that the first request is as fast as the next.
+    async def alone(self, inputs: Sequence[Sequence[int]]) -> list[Row]:
+        """Run one batch with all cores; nothing else should run meanwhile."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self._in_turn, self._wide, inputs)
 
-        Args:
-            padded_tokens: largest B * T; a GPU runs such batches too, see `warm_up_shapes`.
-        """
-        for items, length in warm_up_shapes(self._max_items, self._max_tokens, padded_tokens):
-            for session in {self._wide, self._lane}:
-                _run(session, [[0] * length] * items)
+    def _in_turn(self, session: Any, inputs: Sequence[Sequence[int]]) -> list[Row]:
+        feeds = _feeds(inputs)
+        with self._computing:
+            return _run_feeds(session, feeds)
 
     async def __aenter__(self) -> Self:
         return self
@@ -208,14 +239,47 @@ def _check_placement(session: Any, path: Path, provider: str) -> None:
     _log.info("%s: %s", path.name, counts)
 
 
+def _warm_up(session: Any, shapes: Collection[tuple[int, int]]) -> None:
+    """Run each shape (B, T) once, so that the first request is as fast as the next."""
+    for items, length in shapes:
+        _run(session, [[0] * length] * items)
+
+
+def _measured(session: Any, clock: Callable[[], float], length: int, items: int) -> Cost:
+    """The cost of a run, from runs of one and of several inputs of a length.
+
+    The fastest of a few: whatever else the machine does only adds to the time.
+    """
+    seconds = dict.fromkeys((1, items), math.inf)
+    for _ in range(_MEASURED_RUNS):
+        for batch in seconds:
+            inputs = [[0] * length] * batch
+            start = clock()
+            _run(session, inputs)
+            seconds[batch] = min(seconds[batch], clock() - start)
+    per_token = max(0.0, (seconds[items] - seconds[1]) / (max(1, items - 1) * length))
+    return Cost(max(0.0, seconds[1] - per_token * length), per_token)
+
+
 def _run(session: Any, inputs: Sequence[Sequence[int]]) -> list[Row]:
+    return _run_feeds(session, _feeds(inputs))
+
+
+def _feeds(inputs: Sequence[Sequence[int]]) -> dict[str, npt.NDArray[np.int64]]:
+    """The network's inputs, padded to the longest, int64 [B, T] each."""
+    if len(inputs) == 1:  # as most are where batching gains nothing
+        input_ids = np.array(inputs, dtype=np.int64)
+        return {"input_ids": input_ids, "attention_mask": np.ones_like(input_ids)}
     lengths = [len(ids) for ids in inputs]
     input_ids = np.zeros((len(inputs), max(lengths)), dtype=np.int64)
     mask = np.zeros_like(input_ids)
     for row, (ids, length) in enumerate(zip(inputs, lengths, strict=True)):
         input_ids[row, :length] = ids
         mask[row, :length] = 1
-    feeds = {"input_ids": input_ids, "attention_mask": mask}
+    return {"input_ids": input_ids, "attention_mask": mask}
+
+
+def _run_feeds(session: Any, feeds: Mapping[str, npt.NDArray[np.int64]]) -> list[Row]:
     if session.get_providers()[0] == PROVIDERS["cpu"]:
         return list(session.run(None, feeds)[0])
     return run_bound(session, feeds)

@@ -4,6 +4,8 @@ Training, evaluation and serving all call these, so that a threshold or a rate m
 everywhere.
 """
 
+import math
+from collections.abc import Sequence
 from enum import Enum
 
 import numpy as np
@@ -123,6 +125,28 @@ def trade_off(
     tied = qualifies & (most == most.max(axis=-1, keepdims=True))
     best = np.where(tied, c, np.inf).argmin(axis=-1)
     return np.where(qualifies.any(axis=-1), best, REFERENCE).astype(np.int64)
+
+
+def trade_off_one(
+    gains: Sequence[float], costs: Sequence[float], reference_cost: float, quality_per_usd: float
+) -> int:
+    """`trade_off` for one prompt with every arm allowed; the same floats, several times faster.
+
+    Arrays pay from a few prompts or hundreds of arms on; one decision has neither.
+
+    Args:
+        gains: of the A arms.
+        costs: of the same.
+        reference_cost: estimated USD of the reference's answer.
+        quality_per_usd: finite.
+    """
+    best, most, cheapest = REFERENCE, 0.0, math.inf
+    for index, (gain, cost) in enumerate(zip(gains, costs, strict=True)):
+        saved = reference_cost - cost
+        worth = gain + quality_per_usd * saved
+        if saved > 0 and (worth > most or (worth == most and best >= 0 and cost < cheapest)):
+            best, most, cheapest = index, worth, cost
+    return best
 
 
 def accept(

@@ -6,16 +6,18 @@ routed = await router.decide(Prompt.of("What is 2 + 2?"), Policy())
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
 from bestroute.best_of_n import BestOfN, Event, Task
 from bestroute.bundle import DEFAULT_BUNDLE, Bundle
 from bestroute.config import Engine as EngineSettings
-from bestroute.config import Settings
+from bestroute.config import Routing, Settings
 from bestroute.decision import Decision, Policy, Rules, rate_of
 from bestroute.engine import return_freed_memory
 from bestroute.errors import BestrouteError, BundleInvalid, ProviderFailed
@@ -24,15 +26,16 @@ from bestroute.manifest import Arm, Manifest
 from bestroute.pricing import ModelPrice, prices
 from bestroute.prompt import Prompt
 from bestroute.providers import Providers, Sampling
+from bestroute.recent import Recent
 from bestroute.scoring import Scored, score
-from bestroute.text_model import TextModel, Timing, load_text_model
+from bestroute.text_model import Reading, TextModel, Timing, load_text_model
 
 _log = logging.getLogger(__name__)
 _CHARACTERS_PER_TOKEN = 4
+_REMEMBERED = Timing(0.0, 0.0, 0.0, 0)
 
 
-@dataclass(frozen=True, slots=True)
-class Routed:
+class Routed(NamedTuple):
     """A decision with how it came about.
 
     Attributes:
@@ -100,13 +103,14 @@ class Router:
         providers: Providers,
         prices: dict[str, ModelPrice],
         *,
-        fail_open: bool,
+        routing: Routing,
     ) -> None:
         self.manifest, self.prices = manifest, prices
         self.rules = Rules(manifest, prices)
         self._router_model, self._reward_model = router_model, reward_model
         self._served = providers.models
-        self._fail_open = fail_open
+        self._fail_open = routing.fail_open
+        self._recent = Recent[Reading](routing.cache_entries)
         of = manifest.reward
         self._best_of_n = BestOfN(
             providers, self._rewards, prices, of.accept_reward, of.agreement_bonus
@@ -129,9 +133,7 @@ class Router:
         """
         self.rules.check(policy)
         try:
-            reading, timing = await self._router_model.prompt(prompt.text, deadline=deadline)
-            if not np.isfinite(reading.row).all():
-                raise ArithmeticError(f"the router model gave {reading.row}")
+            reading, timing = await self._read(prompt.text, deadline)
         except BestrouteError:
             raise
         except Exception:
@@ -140,9 +142,24 @@ class Router:
             _log.exception("the router model failed; the reference answers")
             tokens = len(prompt.text) // _CHARACTERS_PER_TOKEN + 1
             return Routed(self.rules.without_router(tokens, policy), tokens, False, None)
-        encoded = reading.encoded
-        decision = self.rules.decide(reading.row, encoded.prompt_tokens, policy)
-        return Routed(decision, encoded.prompt_tokens, encoded.truncated, timing)
+        row, tokens, truncated = reading
+        return Routed(self.rules.decide(row, tokens, policy), tokens, truncated, timing)
+
+    async def _read(self, text: str, deadline: float | None) -> tuple[Reading, Timing]:
+        """The router model's output for a prompt, which may be remembered.
+
+        Raises:
+            ArithmeticError: it is no finite number.
+        """
+        key = self._recent.key(text)
+        if known := self._recent.get(key):
+            return known, _REMEMBERED
+        reading, timing = await self._router_model.prompt(text, deadline=deadline)
+        # One number that is finite if all are: predictions are far too small to overflow.
+        if not math.isfinite(reading.row.dot(reading.row)):
+            raise ArithmeticError(f"the router model gave {reading.row}")
+        self._recent.put(key, reading)
+        return reading, timing
 
     async def score(
         self, prompt: Prompt, answers: Sequence[str], *, deadline: float | None = None
@@ -238,9 +255,7 @@ async def open_router(settings: Settings) -> AsyncIterator[Router]:
     model_prices = prices(manifest.models, settings)
     async with Providers(settings) as providers, _text_models(bundle, settings) as models:
         await asyncio.to_thread(check_golden, manifest, *models)
-        yield Router(
-            manifest, *models, providers, model_prices, fail_open=settings.routing.fail_open
-        )
+        yield Router(manifest, *models, providers, model_prices, routing=settings.routing)
 
 
 @asynccontextmanager

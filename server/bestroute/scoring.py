@@ -49,4 +49,4 @@ async def score(
     rewards = tuple(float(reading.row[0]) for reading in readings)
     if not np.isfinite(rewards).all():
         raise ArithmeticError(f"the reward model gave {rewards}")
-    return Scored(rewards, tuple(reading.encoded.truncated for reading in readings), timing)
+    return Scored(rewards, tuple(reading.truncated for reading in readings), timing)

@@ -71,28 +71,31 @@ class RoutingService:
     ) -> None:
         """Decide for each message, many at once, and answer as each is ready."""
         window = asyncio.Semaphore(self._limits.stream_window)
-        writing = asyncio.Lock()
+        answered: asyncio.Queue[pb.RouteStreamResponse | None] = asyncio.Queue()
         deadline = _deadline(context)
 
         async def answer(message: pb.RouteStreamRequest | Malformed[pb.RouteStreamRequest]) -> None:
-            try:
-                response = await self._stream_answer(message, deadline)
-                async with writing:
-                    await context.write(response)
-            finally:
-                window.release()
+            answered.put_nowait(await self._stream_answer(message, deadline))
 
         async def read(answers: asyncio.TaskGroup) -> None:
             async for message in requests:
                 await window.acquire()
                 answers.create_task(answer(message))
 
-        async with asyncio.TaskGroup() as answers:
-            reading = answers.create_task(read(answers))
-            draining = answers.create_task(self._draining.wait())
-            await asyncio.wait([reading, draining], return_when=asyncio.FIRST_COMPLETED)
-            reading.cancel()
-            draining.cancel()
+        async def write() -> None:
+            while response := await answered.get():
+                await context.write(response)
+                window.release()
+
+        async with asyncio.TaskGroup() as writing:
+            writing.create_task(write())
+            async with asyncio.TaskGroup() as answers:
+                reading = answers.create_task(read(answers))
+                draining = answers.create_task(self._draining.wait())
+                await asyncio.wait([reading, draining], return_when=asyncio.FIRST_COMPLETED)
+                reading.cancel()
+                draining.cancel()
+            answered.put_nowait(None)
         if self._draining.is_set():
             # What was read is answered; whoever has asked more since then asks another server.
             await context.abort(grpc.StatusCode.UNAVAILABLE, str(Draining()))

@@ -1,5 +1,6 @@
 """The one table from errors to gRPC statuses, and the wrappers that apply it to handlers."""
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
@@ -85,7 +86,15 @@ async def _abort(context: Context, error: Exception) -> NoReturn:
     ]
     if isinstance(error, Overloaded):
         metadata.append(("grpc-retry-pushback-ms", str(int(error.retry_after * 1000) + 1)))
-    await context.abort(_BY_NUMBER[status.code], status.message, tuple(metadata))
+    try:
+        await context.abort(_BY_NUMBER[status.code], status.message, tuple(metadata))
+    except grpc.aio.AbortError:
+        raise
+    except Exception as unsent:
+        if not context.done():
+            raise
+        # Whoever has left needs no answer; grpcio would log each with a traceback.
+        raise asyncio.CancelledError from unsent
 
 
 def unary(

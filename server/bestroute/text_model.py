@@ -6,30 +6,36 @@ The router and the reward model are both one of these.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
-from bestroute.batching import Batcher, Budget
+from bestroute.batching import Batcher
 from bestroute.bundle import Bundle
 from bestroute.config import Settings
-from bestroute.engine import Engine, Row, preferred_precisions, settled
+from bestroute.engine import Cost, Engine, Row, preferred_precisions, settled
 from bestroute.manifest import Network
+from bestroute.partition import Budget
 from bestroute.tokenizer import Encoded, Tokenizer
 
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 
-_INLINE_CHARACTERS = 256
-"""Texts up to this length are tokenized on the event loop: a thread's hop would take longer."""
+_INLINE_CHARACTERS = 2048
+_INLINE_SECONDS = 0.0005
+"""Texts up to this length are tokenized, and runs up to this long computed, on the event loop: to
+hand them to a thread and to be told of the result takes longer."""
 
-_CPU, _GPU = (512, 0.03), (16_384, 0.5)
-"""Default padded tokens of a batch, and largest share of padding. On a CPU batching gains little
-and padding costs much (measured by benchmarks/engine.py); the GPU's are not measured yet."""
+_CPU, _GPU = (32, 512), (128, 16_384)
+"""Default items and padded tokens of a batch; which of them pay, the engine's cost decides. The
+GPU's are not measured yet."""
+_CPU_WINDOW, _GPU_WINDOW = 8, 128
+"""How many inputs a batch is made from. Where little is batched, a longer look gains little and has
+those of unusual length wait for many others."""
 
 
-@dataclass(frozen=True, slots=True)
-class Timing:
+class Timing(NamedTuple):
     """Where the time of a call went; seconds, and the inputs in the largest run it was part of."""
 
     tokenize: float
@@ -38,12 +44,18 @@ class Timing:
     batch_size: int
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """One text as the network saw it: what went in, and the row that came out, float32 [K]."""
+class Reading(NamedTuple):
+    """What the network made of a text.
 
-    encoded: Encoded
+    Attributes:
+        row: its output, float32 [K].
+        prompt_tokens: see `Encoded`.
+        truncated: see `Encoded`.
+    """
+
     row: Row
+    prompt_tokens: int
+    truncated: bool
 
 
 class TextModel:
@@ -55,12 +67,24 @@ class TextModel:
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, settings: Settings) -> None:
         self._engine, self.tokenizer = engine, tokenizer
+        on_cpu = settings.engine.provider == "cpu"
+
+        def run(batch: Sequence[Encoded]) -> Awaitable[Sequence[Row]]:
+            return engine([each.ids for each in batch])
+
+        def alone(batch: Sequence[Encoded]) -> Awaitable[Sequence[Row]]:
+            return engine.alone([each.ids for each in batch])
+
         self._batcher = Batcher[Encoded, Row](
-            lambda batch: engine([each.ids for each in batch]),
+            run,
             length=lambda each: len(each.ids),
-            budget=_budget(settings),
+            budget=_budget(settings, engine.cost),
+            window=_CPU_WINDOW if on_cpu else _GPU_WINDOW,
             max_queue=settings.batching.max_queue,
             in_flight=engine.concurrency,
+            run_alone=alone if engine.is_wide else None,
+            run_now=lambda batch: engine.run([each.ids for each in batch]),
+            now_tokens=_now_tokens(engine.cost) if on_cpu else 0.0,
         )
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
@@ -73,8 +97,7 @@ class TextModel:
 
     async def encode(self, text: str) -> Encoded:
         """Tokenize a prompt without running the network."""
-        (encoded,) = await self._encode(lambda: [self.tokenizer.prompt(text)], len(text))
-        return encoded
+        return await self._off_loop(lambda: self.tokenizer.prompt(text), len(text))
 
     async def prompt(self, text: str, *, deadline: float | None = None) -> tuple[Reading, Timing]:
         """Read a prompt.
@@ -87,30 +110,21 @@ class TextModel:
             Overloaded: the queue is full.
             DeadlineExceeded: the deadline passed before the run.
         """
-        readings, timing = await self._read(
-            lambda: [self.tokenizer.prompt(text)], len(text), deadline
-        )
-        return readings[0], timing
+        start = time.monotonic()
+        inline = len(text) <= _INLINE_CHARACTERS
+        encoded = self.tokenizer.prompt(text) if inline else await self.encode(text)
+        tokenize = time.monotonic() - start
+        done = await self._batcher.submit(encoded, deadline=deadline)
+        timing = Timing(tokenize, done.queued, done.ran, done.batch_size)
+        return Reading(done.value, encoded.prompt_tokens, encoded.truncated), timing
 
     async def answers(
         self, prompt: str, answers: Sequence[str], *, deadline: float | None = None
     ) -> tuple[list[Reading], Timing]:
         """Read each answer with its prompt; raises as `prompt` does."""
-        return await self._read(
-            lambda: self.tokenizer.pairs(prompt, answers),
-            len(prompt) + sum(map(len, answers)),
-            deadline,
-        )
-
-    def read_now(self, encoded: Encoded) -> Row:
-        """Run one input at once, blocking, past the batcher: for checks before serving."""
-        return self._engine.run([encoded.ids])[0]
-
-    async def _read(
-        self, encode: Callable[[], list[Encoded]], characters: int, deadline: float | None
-    ) -> tuple[list[Reading], Timing]:
         start = time.monotonic()
-        encoded = await self._encode(encode, characters)
+        characters = len(prompt) + sum(map(len, answers))
+        encoded = await self._off_loop(lambda: self.tokenizer.pairs(prompt, answers), characters)
         tokenize = time.monotonic() - start
         done = await self._batcher.submit_all(encoded, deadline=deadline)
         timing = Timing(
@@ -119,9 +133,18 @@ class TextModel:
             max(each.ran for each in done),
             max(each.batch_size for each in done),
         )
-        return [Reading(e, d.value) for e, d in zip(encoded, done, strict=True)], timing
+        readings = [
+            Reading(ran.value, each.prompt_tokens, each.truncated)
+            for ran, each in zip(done, encoded, strict=True)
+        ]
+        return readings, timing
 
-    async def _encode(self, encode: Callable[[], list[Encoded]], characters: int) -> list[Encoded]:
+    def read_now(self, encoded: Encoded) -> Row:
+        """Run one input at once, blocking, past the batcher: for checks before serving."""
+        return self._engine.run([encoded.ids])[0]
+
+    async def _off_loop(self, encode: Callable[[], T], characters: int) -> T:
+        """Tokenize, on a thread if there is so much of it that the event loop would notice."""
         if characters <= _INLINE_CHARACTERS:
             return encode()
         return await asyncio.get_running_loop().run_in_executor(self._threads, encode)
@@ -141,20 +164,38 @@ async def load_text_model(
     if engine_settings.provider != settings.engine.provider:
         configured = settings.engine.provider
         _log.info("%s is FP32: on %s, not %s", path.name, engine_settings.provider, configured)
+    max_items, padded_tokens = limits(settings)
     engine = await asyncio.to_thread(
         Engine,
         path,
         engine_settings,
-        max_items=settings.batching.max_items,
+        max_items=max_items,
         max_tokens=network.max_tokens,
+        padded_tokens=padded_tokens,
         wide=wide,
     )
-    await asyncio.to_thread(engine.warm_up, _budget(settings).max_padded_tokens)
     tokenizer = Tokenizer(bundle.tokenizer_path, max_tokens=network.max_tokens)
     return TextModel(engine, tokenizer, settings)
 
 
-def _budget(settings: Settings) -> Budget:
-    padded_tokens, max_padding = _CPU if settings.engine.provider == "cpu" else _GPU
+_NO_TIME = 1e-12
+"""Seconds: less than any token takes."""
+
+
+def limits(settings: Settings) -> tuple[int, int]:
+    """Most items and most padded tokens of a batch: as set, else by the engine's provider."""
+    items, padded_tokens = _CPU if settings.engine.provider == "cpu" else _GPU
     batching = settings.batching
-    return Budget(batching.max_items, batching.max_padded_tokens or padded_tokens, max_padding)
+    return batching.max_items or items, batching.max_padded_tokens or padded_tokens
+
+
+def _budget(settings: Settings, cost: Cost) -> Budget:
+    return Budget(*limits(settings), cost.per_run / max(cost.per_token, _NO_TIME))
+
+
+def _now_tokens(cost: Cost) -> float:
+    """Most padded tokens of a run that is over within `_INLINE_SECONDS`."""
+    left = _INLINE_SECONDS - cost.per_run
+    if left <= 0:
+        return 0.0
+    return left / max(cost.per_token, _NO_TIME)

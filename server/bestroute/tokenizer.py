@@ -11,6 +11,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer as _Tokenizer
 
+from bestroute.words import Words, reads_words_alone
+
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
@@ -66,6 +68,7 @@ class Tokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = True
+        self._words = Words(self._tokenizer) if reads_words_alone(self._tokenizer) else None
         self._start = self._id_of("[CLS]")
         self._separator = self._id_of("[SEP]")
         self.max_tokens = max_tokens
@@ -105,6 +108,8 @@ class Tokenizer:
         )
 
     def _ids(self, text: str) -> list[int]:
+        if self._words:
+            return self._words.ids(text)
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 

@@ -20,9 +20,14 @@ def add(commands: "Commands") -> None:
         **described(
             "Run the service until SIGTERM or SIGINT; calls under way are then answered, "
             "and a second signal ends it at once. Every setting may be in a file or in the "
-            "environment (BESTROUTE_SERVER__LISTEN is the file's [server] listen); flags win.",
+            "environment (BESTROUTE_SERVER__LISTEN is the file's [server] listen); flags win. "
+            "With a router as fast as the embedded one, a single Python event loop is the limit: "
+            "--workers serves with several processes at one address, each with memory of its own. "
+            "Connections are spread over them, not calls, so a client should open several channels "
+            '(in Python each with the option ("grpc.use_local_subchannel_pool", 1)), or be behind '
+            "a proxy such as Envoy.",
             "bestroute serve",
-            "bestroute serve --config bestroute.toml --listen 0.0.0.0:50051",
+            "bestroute serve --config bestroute.toml --listen 0.0.0.0:50051 --workers 4",
             "bestroute serve --provider cuda --bundle ./my-bundle",
         ),
     )
@@ -36,6 +41,12 @@ def add(commands: "Commands") -> None:
         "--listen", metavar="HOST:PORT", help="where to listen (default: 127.0.0.1:50051)"
     )
     parser.add_argument(
+        "--workers",
+        metavar="N",
+        type=integer(1, MAX_UINT32),
+        help="processes that serve there (default: 1)",
+    )
+    parser.add_argument(
         "--bundle", metavar="DIR", type=Path, help="the bundle to serve (default: the embedded one)"
     )
     parser.add_argument(
@@ -47,7 +58,7 @@ def add(commands: "Commands") -> None:
         "--threads",
         metavar="N",
         type=integer(1, MAX_UINT32),
-        help="threads per run (default: the CPUs this process may use)",
+        help="threads per run (default: the CPUs this process may use, divided by the workers)",
     )
     parser.add_argument(
         "--log-level",
@@ -59,11 +70,17 @@ def add(commands: "Commands") -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal comes."""
-    from bestroute import app
     from bestroute.config import ConfigInvalid, Settings
 
     try:
-        return app.run(Settings.load(args.config, _flags(args)))
+        settings = Settings.load(args.config, _flags(args))
+        if settings.server.workers > 1:
+            from bestroute import workers
+
+            return workers.run(settings)
+        from bestroute import app
+
+        return app.run(settings)
     except (ConfigInvalid, BundleInvalid) as error:
         return complain(str(error), code=2)
 
@@ -72,6 +89,6 @@ def _flags(args: argparse.Namespace) -> dict[str, Any]:
     """The flags that were given, nested as in the file."""
     return {
         **given(args, "bundle", "log_level"),
-        "server": given(args, "listen"),
+        "server": given(args, "listen", "workers"),
         "engine": given(args, "provider", "threads"),
     }

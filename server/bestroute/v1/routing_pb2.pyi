@@ -281,7 +281,9 @@ class Timing(google.protobuf.message.Message):
     INFERENCE_FIELD_NUMBER: builtins.int
     BATCH_SIZE_FIELD_NUMBER: builtins.int
     batch_size: builtins.int
-    """How many inputs that run had; the largest, where a request took part in several."""
+    """How many inputs that run had; the largest, where a request took part in several. 0: there was
+    none, since the prompt's predictions were remembered from an earlier call.
+    """
     @property
     def tokenize(self) -> google.protobuf.duration_pb2.Duration:
         """Turning the text into tokens."""
