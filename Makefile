@@ -31,16 +31,29 @@ lint: $(VENV)/ready ## check style, import layers, the contract and the image's 
 types: $(VENV)/ready ## check types, strictly
 	$(VENV)/bin/mypy
 
-bench: $(VENV)/ready ## measure Route and the start beside the bare session; keeps the figures
+bench: $(VENV)/ready ## measure in minutes: beside the bare session and an unbatched server; keeps the figures
 	$(VENV)/bin/python -m benchmarks.route
 	$(VENV)/bin/python -m benchmarks.route --encoder
 	$(VENV)/bin/python -m benchmarks.startup
+	$(VENV)/bin/python -m benchmarks.compare --shape ngrams --peers bestroute,bestroute-stream,plain \
+	  --callers 1,32 --rates 500 --seconds 3 --repeats 1
 
-bench-peers: $(VENV)/ready ## measure bestroute beside Triton, MLServer, Ray Serve, Mosec, LitServe (hours)
-	$(VENV)/bin/python -m benchmarks.compare --shape ngrams
+bench-peers: $(VENV)/ready ## measure all: beside Triton, MLServer, Ray Serve, Mosec, LitServe; overload, growth ... (hours)
+	$(VENV)/bin/python -m benchmarks.compare --shape ngrams --server-cores 0 --load-cores 1
 	$(VENV)/bin/python -m benchmarks.compare --shape minilm
 	$(VENV)/bin/python -m benchmarks.compare --shape minilm --stock
+	$(VENV)/bin/python -m benchmarks.compare --shape deberta
 	$(VENV)/bin/python -m benchmarks.compare --shape deberta --stock
+	$(VENV)/bin/python -m benchmarks.compare --shape minilm --synthetic 0.4,2.3 --callers 1,64,256 \
+	  --rates 500,1000 --server-cores 0 --load-cores 1
+	for shape in ngrams minilm deberta; do \
+	  $(VENV)/bin/python -m benchmarks.stages --shape $$shape && \
+	  $(VENV)/bin/python -m benchmarks.lag --shape $$shape || exit 1; done
+	$(VENV)/bin/python -m benchmarks.ceiling
+	$(VENV)/bin/python -m benchmarks.overload --shape ngrams --server-cores 0 --load-cores 1
+	$(VENV)/bin/python -m benchmarks.overload --shape minilm
+	$(VENV)/bin/python -m benchmarks.generate
+	$(VENV)/bin/python -m benchmarks.growth
 	$(VENV)/bin/python -m benchmarks.page
 
 proto: $(VENV)/ready ## generate server/bestroute/v1 from proto/

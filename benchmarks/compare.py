@@ -80,6 +80,8 @@ def main() -> int:
         "installed": {peer.name: dependencies(peer.server) for peer in peers},
     }
     suffix = ("-stock" if options.stock else "") + ("-synthetic" if options.synthetic else "")
+    if len(peers) < len(PEERS):
+        suffix += "-some"
     kept = record.write(f"peers-{options.shape}{suffix}", settings, compared)
     print(f"kept in {kept.relative_to(Path.cwd())}; draw it with python -m benchmarks.page")
     return 0

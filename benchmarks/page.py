@@ -1,8 +1,8 @@
-"""Draws what `benchmarks.compare` has kept, and writes the results into benchmarks/README.md.
+"""Writes what the benchmarks have kept into benchmarks/README.md, and draws the comparisons.
 
     python -m benchmarks.page
 
-Of each kind of comparison the newest is shown. Colours are those of Okabe and Ito (2008), which
+Of each kind the newest is shown. Colours are those of Okabe and Ito (2008), which
 most colour-blind readers can tell apart; markers tell the servers apart without colour.
 """
 
@@ -17,8 +17,11 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks import sections
 from benchmarks.latencies import medians, milliseconds
+from benchmarks.peers.registry import PEERS
 from benchmarks.record import RESULTS
+from benchmarks.sections import SHAPES
 from bestroute_export.evaluation.plots import STYLE
 
 PAGE = Path(__file__).parent / "README.md"
@@ -33,12 +36,6 @@ LINES = {
     "litserve": ("#999999", "*", 1.2),
 }
 """Colour, marker and width of each server's line."""
-SHAPES = {
-    "ngrams": "The default bundle's router (hashed n-grams)",
-    "minilm": "MiniLM-L6 as router",
-    "deberta": "A router in the shape of DeBERTa-v3-small, with random weights",
-}
-
 Record = Mapping[str, Any]
 
 RESULTS_HEADING = "\n## Results\n"
@@ -51,25 +48,27 @@ def main() -> int:
     return 0
 
 
-def newest(directory: Path) -> list[Record]:
-    """The last comparison of each kind that is kept in a directory, in the order of `SHAPES`."""
+def newest(directory: Path) -> dict[str, Record]:
+    """The last record of each benchmark that is kept in a directory."""
     records: dict[str, Record] = {}
-    for path in sorted(directory.glob("peers-*.json")):  # names end with the time
+    for path in sorted(directory.glob("*.json")):  # names end with the time
         record = json.loads(path.read_text(encoding="utf-8"))
         records[record["benchmark"]] = record
-    return sorted(records.values(), key=lambda each: list(SHAPES).index(each["settings"]["shape"]))
+    return records
 
 
-def write(records: Sequence[Record], page: Path, pictures: Path) -> None:
-    """Replace the last section of a page by comparisons, with pictures in a directory below it."""
+def write(records: Mapping[str, Record], page: Path, pictures: Path) -> None:
+    """Replace the last section of a page by the results, with pictures in a directory below it."""
     text, _, _ = page.read_text(encoding="utf-8").partition(RESULTS_HEADING)
     parts = [text + RESULTS_HEADING]
-    if not records:
-        parts.append("None is kept yet: run `make bench-peers`.\n")
-    for each in records:
+    compared = [record for name, record in records.items() if name.startswith("peers-")]
+    if not compared:
+        parts.append("No comparison is kept yet: run `make bench-peers`.\n")
+    for each in sorted(compared, key=lambda each: list(SHAPES).index(each["settings"]["shape"])):
         with rc_context(STYLE):
             draw(each, pictures)
         parts.append("\n".join(_section(each, pictures.relative_to(page.parent))) + "\n")
+    parts.append("\n".join(sections.of(records)))
     page.write_text("\n".join(parts), encoding="utf-8")
 
 
@@ -116,6 +115,8 @@ def _section(record: Record, pictures: Path) -> Iterable[str]:
     how = ["the others with the stock export"] if settings["stock"] else []
     if settings["synthetic"]:
         how.append(f"no engine, a run taking {settings['synthetic']} (ms, us per token)")
+    if len(figures["runs"]) + len(figures["could_not_run"]) < len(PEERS):
+        how.append("some servers")
     yield f"### {'; '.join([SHAPES[settings['shape']], *how])}\n"
     yield (
         f"{record['date'][:10]}, commit {record['commit']}"

@@ -368,6 +368,40 @@ async def test_small_batches_run_at_once_and_large_ones_elsewhere() -> None:
     assert (long.value, last.value) == ("d" * 7, "e")
 
 
+async def test_small_runs_wait_for_a_busy_loop_but_not_for_an_idle_one() -> None:
+    """Who arrives while the loop does other things shares the run; each turn has 50 us of them."""
+    sizes: list[int] = []
+
+    def run_now(batch: Sequence[str]) -> list[str]:
+        sizes.append(len(batch))
+        return list(batch)
+
+    async def run(batch: Sequence[str]) -> list[str]:
+        raise AssertionError("must not run")
+
+    async def busy(turns: int) -> None:
+        for _ in range(turns):
+            end = time.perf_counter() + 50e-6
+            while time.perf_counter() < end:
+                pass
+            await asyncio.sleep(0)
+
+    async def later(turns: int, word: str) -> None:
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await batcher.submit(word)
+
+    batcher = batcher_of(run, run_now=run_now, now_tokens=100)
+    async with batcher.running():
+        await asyncio.gather(busy(20), later(0, "a"), later(5, "b"), later(10, "c"))
+        assert sizes == [3]
+        for word in "de":
+            await batcher.submit(word)
+            await asyncio.sleep(0.001)
+
+    assert sizes == [3, 1, 1]
+
+
 async def test_a_queue_too_long_for_a_deadline_refuses_at_once() -> None:
     """Better than to let the caller wait for nothing; who has time, or no deadline, may queue."""
     gate = asyncio.Event()

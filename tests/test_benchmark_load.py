@@ -201,7 +201,7 @@ async def test_servers_are_compared_in_turn_and_drawn(tiny_bundle: Path, tmp_pat
     }
     readme = tmp_path / "README.md"
     readme.write_text("What it is.\n\n## Results\n\nold\n")
-    page.write([record], readme, tmp_path)
+    page.write({record["benchmark"]: record}, readme, tmp_path)
     text = readme.read_text()
     assert text.startswith("What it is.\n\n## Results\n")
     assert "old" not in text

@@ -20,10 +20,11 @@ from bestroute.partition import Budget, divided
 In = TypeVar("In")
 Out = TypeVar("Out")
 
+_TURNS, _BUSY_TURN = 32, 5e-6
+"""Most turns of the event loop that small runs are put off for, and how many seconds a turn takes
+at least that had anything else to do."""
 _SMOOTHING = 0.2
-"""Weight of the latest in a moving average."""
-_ALONE = 0.75
-"""How many others an arrival may meet, on average, for runs to have the engine to themselves."""
+"""Weight of the latest run in a moving average."""
 
 
 @dataclass(slots=True)
@@ -50,7 +51,7 @@ class Pending(Generic[In, Out]):
     Attributes:
         item: what to run.
         length: its length in tokens.
-        deadline: `time.monotonic()` after which its caller no longer waits; None never.
+        deadline: `time.monotonic()` after which it is too late to run it; None never.
         reply: resolved exactly once; done already if the caller has left.
         since: `time.monotonic()` of the submission.
     """
@@ -124,7 +125,7 @@ class Batcher(Generic[In, Out]):
         max_queue: items that may wait.
         in_flight: batches that may be under way at once.
         run_alone: the same as `run`, but has all of the engine: sooner back, while several at once
-            get more done. It is chosen while callers hardly ever meet others. None: there is none.
+            get more done. It is chosen where nothing runs and little waits. None: there is none.
         run_now: the same as `run`, but blocking, for batches so small that handing them to a thread
             takes longer than running them.
         now_tokens: most padded tokens of such a batch; 0: there are none.
@@ -150,8 +151,9 @@ class Batcher(Generic[In, Out]):
         self._queue: deque[Pending[In, Out]] = deque()
         self._runs: asyncio.TaskGroup | None = None
         self._open = self._due = False
+        self._turns, self._turned = 0, 0.0
         self._settled = asyncio.Event()
-        self._seconds_per_item = self._others = 0.0
+        self._seconds_per_item = self._seconds_per_run = 0.0
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -215,14 +217,16 @@ class Batcher(Generic[In, Out]):
         waiting = len(self._queue)
         if not self._open or waiting + len(items) > self._max_queue:
             raise Overloaded(f"{waiting} requests are waiting already", self._wait())
-        if deadline is not None and waiting and now + (wait := self._wait()) > deadline:
-            raise Overloaded(
-                f"{waiting} requests are waiting already, which takes longer than this one's "
-                f"deadline of {deadline - now:.3f} s",
-                wait,
-            )
-        met = waiting + self._in_flight - self._free + len(items) - 1
-        self._others += _SMOOTHING * (met - self._others)
+        if deadline is not None and waiting:
+            # The engine is spent only on what can still be in time when its run ends.
+            begin_by = deadline - self._seconds_per_run
+            if now + (wait := self._wait()) > begin_by:
+                raise Overloaded(
+                    f"{waiting} requests are waiting already, which takes longer than this one's "
+                    f"deadline of {deadline - now:.3f} s",
+                    wait,
+                )
+            deadline = begin_by
         loop = asyncio.get_running_loop()
         entries = [
             Pending(item, self._length(item), deadline, loop.create_future(), now) for item in items
@@ -242,7 +246,10 @@ class Batcher(Generic[In, Out]):
             asyncio.get_running_loop().call_soon(self._next)
 
     def _next(self) -> None:
-        self._due = False
+        if self._gathering():
+            asyncio.get_running_loop().call_soon(self._next)
+            return
+        self._due, self._turns = False, 0
         assert self._runs is not None
         try:
             self._start(self._runs)
@@ -253,19 +260,32 @@ class Batcher(Generic[In, Out]):
             self._schedule()
             self._settled.set()
 
+    def _gathering(self) -> bool:
+        """Whether the event loop should first do what else it has to, since more will arrive.
+
+        Only where what waits would be run on the loop itself: it would hold up just that. Nobody
+        waits for a loop that is idle.
+        """
+        if not self._now_tokens or len(self._queue) >= self._window or self._turns == _TURNS:
+            return False
+        last, self._turned = self._turned, time.perf_counter()
+        self._turns += 1
+        return self._turns == 1 or self._turned - last > _BUSY_TURN
+
     def _start(self, runs: asyncio.TaskGroup) -> None:
         """Run the next batch: at once, or as a task."""
         batch, late = take_batch(self._queue, self._budget, self._window, time.monotonic())
         for entry in late:
             entry.reply.set_exception(
-                DeadlineExceeded("the deadline passed while the request was waiting")
+                DeadlineExceeded("the deadline can't be met any more, after waiting for a batch")
             )
         if not batch:
             return
         padded = max(entry.length for entry in batch) * len(batch)
         if self._run_now is None or padded > self._now_tokens:
             idle = self._free == self._in_flight
-            if self._run_alone and idle and self._others < _ALONE:
+            # What is left would keep one of the others waiting, or none.
+            if self._run_alone and idle and len(self._queue) < self._in_flight - 1:
                 self._free = 0
                 runs.create_task(self._run_batch(batch, self._run_alone, self._in_flight))
             else:
@@ -311,11 +331,15 @@ class Batcher(Generic[In, Out]):
         if len(outputs) != len(batch):
             raise RuntimeError(f"the engine gave {len(outputs)} outputs for {len(batch)} items")
         ran, size = time.monotonic() - start, len(batch)
-        known, latest = self._seconds_per_item, ran / size
-        self._seconds_per_item = known + _SMOOTHING * (latest - known) if known else latest
+        self._seconds_per_item = _smoothed(self._seconds_per_item, ran / size)
+        self._seconds_per_run = _smoothed(self._seconds_per_run, ran)
         for entry, value in zip(batch, outputs, strict=True):
             if not entry.reply.done():
                 entry.reply.set_result(Done(value, start - entry.since, ran, size))
+
+
+def _smoothed(average: float, latest: float) -> float:
+    return average + _SMOOTHING * (latest - average) if average else latest
 
 
 def _fail(batch: Sequence[Pending[In, Out]], error: Exception) -> None:

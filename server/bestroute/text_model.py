@@ -30,8 +30,9 @@ hand them to a thread and to be told of the result takes longer."""
 _CPU, _GPU = (32, 512), (128, 16_384)
 """Default items and padded tokens of a batch; which of them pay, the engine's cost decides. The
 GPU's are not measured yet."""
-_CPU_WINDOW, _GPU_WINDOW = 8, 128
-"""How many inputs a batch is made from. Where little is batched, a longer look gains little and has
+_CPU_WINDOW, _NOW_WINDOW, _GPU_WINDOW = 8, 16, 128
+"""How many inputs a batch is made from: on a CPU, on one whose runs are so short that they are
+computed on the event loop, on a GPU. Where little is batched, a longer look gains little and has
 those of unusual length wait for many others."""
 
 
@@ -68,6 +69,7 @@ class TextModel:
     def __init__(self, engine: Engine, tokenizer: Tokenizer, settings: Settings) -> None:
         self._engine, self.tokenizer = engine, tokenizer
         on_cpu = settings.engine.provider == "cpu"
+        now_tokens = _now_tokens(engine.cost) if on_cpu else 0.0
 
         def run(batch: Sequence[Encoded]) -> Awaitable[Sequence[Row]]:
             return engine([each.ids for each in batch])
@@ -79,12 +81,12 @@ class TextModel:
             run,
             length=lambda each: len(each.ids),
             budget=_budget(settings, engine.cost),
-            window=_CPU_WINDOW if on_cpu else _GPU_WINDOW,
+            window=_window(now_tokens) if on_cpu else _GPU_WINDOW,
             max_queue=settings.batching.max_queue,
             in_flight=engine.concurrency,
             run_alone=alone if engine.is_wide else None,
             run_now=lambda batch: engine.run([each.ids for each in batch]),
-            now_tokens=_now_tokens(engine.cost) if on_cpu else 0.0,
+            now_tokens=now_tokens,
         )
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
@@ -191,6 +193,10 @@ def limits(settings: Settings) -> tuple[int, int]:
 
 def _budget(settings: Settings, cost: Cost) -> Budget:
     return Budget(*limits(settings), cost.per_run / max(cost.per_token, _NO_TIME))
+
+
+def _window(now_tokens: float) -> int:
+    return _NOW_WINDOW if now_tokens else _CPU_WINDOW
 
 
 def _now_tokens(cost: Cost) -> float:
