@@ -87,6 +87,8 @@ def main() -> int:
     """Measure, print the table, keep the JSON."""
     options = _options()
     deadline, cores = options.deadline_ms / 1e3, os.sched_getaffinity(0)
+    pending = options.max_pending
+    limits = {"BESTROUTE_SERVER__MAX_PENDING": str(pending)} if pending else {}
     with TemporaryDirectory() as directory:
         bundle, _ = written(options.shape, Path(directory), stock=False)
         network = bundle.manifest.router
@@ -94,7 +96,7 @@ def main() -> int:
         prompts = distinct(record.mixed_prompts(tokenizer, PROMPTS))
         if options.server_cores:
             os.sched_setaffinity(0, options.server_cores)  # a child starts where its parent is
-        with served("--bundle", bundle.directory) as (server, address):
+        with served("--bundle", bundle.directory, environment=limits) as (server, address):
             if options.load_cores:
                 os.sched_setaffinity(0, options.load_cores)
             rates = asyncio.run(_capacity(address, prompts, deadline, options.capacity_seconds))
@@ -121,10 +123,12 @@ def main() -> int:
         "deadline_ms": options.deadline_ms,
         "relief": RELIEF,
         "relief_seconds": RELIEF_SECONDS,
+        "max_pending": options.max_pending,
         "server_cores": options.server_cores,
         "load_cores": options.load_cores,
     }
-    kept = record.write(f"overload-{options.shape}", settings, found)
+    name = f"overload-{options.shape}{'-limited' if pending else ''}"
+    kept = record.write(name, settings, found)
     print(f"kept in {kept.relative_to(Path.cwd())}")
     return 0
 
@@ -360,6 +364,12 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument(
         "--deadline-ms", type=float, default=100.0, help="of a call; default: %(default)s"
+    )
+    parser.add_argument(
+        "--max-pending",
+        type=int,
+        metavar="N",
+        help="server.max_pending: calls that may wait for the event loop; default: as many as come",
     )
     parser.add_argument(
         "--server-cores", type=_numbers, metavar="C,C", help="CPUs of the server; default: any"

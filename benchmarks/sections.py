@@ -197,12 +197,16 @@ def of(records: Mapping[str, Record]) -> Iterator[str]:
         ("Lag of the event loop", "lag", lag),
     )
     for heading, prefix, section in by_shape:
-        found = {shape: records.get(f"{prefix}-{shape}") for shape in SHAPES}
-        if any(found.values()):
+        found = {
+            title + more: record
+            for shape, title in SHAPES.items()
+            for suffix, more in (("", ""), ("-limited", "; server.max_pending set"))
+            if (record := records.get(f"{prefix}-{shape}{suffix}"))
+        }
+        if found:
             yield f"### {heading}\n"
-        for shape, record in found.items():
-            if record:
-                yield from section(record, SHAPES[shape])
+        for title, record in found.items():
+            yield from section(record, title)
     once: tuple[tuple[str, str, Callable[[Record], Iterator[str]]], ...] = (
         ("What one core takes", "ceiling", ceiling),
         ("Generate", "generate", generate),

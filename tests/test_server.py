@@ -19,7 +19,8 @@ import pytest
 from blockbuster import blockbuster_ctx
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from bestroute.app import Running
+from bestroute.app import Running, serving
+from bestroute.config import Settings
 from bestroute.tokenizer import Tokenizer
 from bestroute.v1 import routing_pb2 as pb
 from bestroute.v1 import routing_pb2_grpc
@@ -276,6 +277,23 @@ def test_serving_needs_no_training_framework() -> None:
     )
 
     assert ended.stdout.strip() == "[]"
+
+
+async def test_calls_that_wait_for_the_loop_can_be_limited(settings: Settings) -> None:
+    """Whoever is not answered is told at once; whoever is gets all of the answer."""
+    server = settings.server.model_copy(update={"max_pending": 1})
+
+    async with (
+        serving(settings.model_copy(update={"server": server})) as running,
+        grpc.aio.insecure_channel(running.address) as channel,
+    ):
+        stub = routing_pb2_grpc.RoutingServiceStub(channel)
+        calls = [stub.Route(pb.RouteRequest(prompt="word1", request_id=str(i))) for i in range(300)]
+        codes = [await call.code() for call in calls]
+        answers = [await call for call in calls if await call.code() is grpc.StatusCode.OK]
+
+    assert set(codes) == {grpc.StatusCode.OK, grpc.StatusCode.CANCELLED}
+    assert all(answer.arm.model for answer in answers)
 
 
 async def test_nothing_blocks_the_loop(

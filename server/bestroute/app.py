@@ -53,6 +53,7 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
     async with open_router(settings) as router:
         server = grpc.aio.server(
             options=[
+                *_pending_limits(limits.max_pending),
                 ("grpc.max_receive_message_length", limits.max_message_bytes),
                 # Two servers on one port would split the traffic between them without a word, which
                 # is what workers are to do. That they are alone there `workers` sees to.
@@ -81,6 +82,16 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
             routing.drain()
             await asyncio.sleep(_REFUSING)
             await server.stop(limits.drain_timeout)
+
+
+def _pending_limits(most: int | None) -> list[tuple[str, int]]:
+    """Options by which gRPC itself ends calls: from `most` some at random, from twice that all."""
+    if most is None:
+        return []
+    return [
+        ("grpc.server.max_pending_requests", most),
+        ("grpc.server.max_pending_requests_hard_limit", 2 * most),
+    ]
 
 
 def _bind(server: grpc.aio.Server, limits: Server) -> str:

@@ -48,6 +48,10 @@ class Server(_Section):
         max_prompt_bytes: largest prompt (or conversation) taken, in bytes of UTF-8.
         max_responses: most answers that one Score takes.
         max_message_bytes: largest message read off the wire; beyond it gRPC itself refuses.
+        max_pending: calls that may wait for the event loop to take them; beyond it gRPC ends calls
+            at once, as CANCELLED. Unset, they wait until their deadlines. Set it where callers have
+            deadlines and the event loop can be overloaded rather than the network, as with the
+            embedded router: to what it takes in a third of a deadline, say.
         stream_window: decisions that one RouteStream may have under way at once.
         drain_delay: seconds between health turning NOT_SERVING and refusing new calls, so that
             load balancers can notice; new calls are still answered meanwhile.
@@ -59,6 +63,7 @@ class Server(_Section):
     max_prompt_bytes: Count = 128 * 1024
     max_responses: Count = 64
     max_message_bytes: Count = 16 * 1024 * 1024
+    max_pending: Count | None = None
     stream_window: Count = 256
     drain_delay: Delay = 0.0
     drain_timeout: Delay = 30.0
