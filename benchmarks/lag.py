@@ -38,7 +38,7 @@ from benchmarks.overload import PROMPTS, distinct
 from benchmarks.peers import clients
 from bestroute import app
 from bestroute.config import Server, Settings
-from bestroute.process import new_event_loop
+from bestroute.process import new_event_loop, spare_what_is_loaded
 from bestroute.tokenizer import Tokenizer
 from bestroute.v1 import routing_pb2 as pb
 
@@ -89,6 +89,7 @@ async def _serve(bundle: Path) -> list[Tick]:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     settings = Settings(bundle=bundle, server=Server(listen="127.0.0.1:0"))
     async with app.serving(settings) as server:
+        spare_what_is_loaded()
         with _ticking() as ticks:
             print(server.address, flush=True)
             await stop.wait()

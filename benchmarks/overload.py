@@ -153,14 +153,16 @@ def figures(
         Of the overload: `offered_per_second`, as really sent; `goodput_per_second`, answers in
         time that came while it lasted; `goodput_share` of the capacity;
         `goodput_by_clock_per_second`, those seen within the deadline from when they were due;
-        `outcomes`, calls by status; `shed_*_ms` from sending to RESOURCE_EXHAUSTED;
+        `outcomes`, calls by status; `shed_*_ms` from sending to RESOURCE_EXHAUSTED, or
+        CANCELLED, which is how gRPC itself refuses;
         `sent_late_*_ms` after they were due; `seen_late_*_ms`, from the deadline to the end of
         calls that ran into it. Quantiles of nothing are None. Of the relief: calls made, those
         that were not answered in time, and `recovery_seconds`; see `recovery`.
     """
     overload = [each for each in outcomes if each.due < seconds]
     statuses = Counter(each.code for each in overload)
-    shed = [each.ended - each.begun for each in overload if each.code == "RESOURCE_EXHAUSTED"]
+    refused = ("RESOURCE_EXHAUSTED", "CANCELLED")
+    shed = [each.ended - each.begun for each in overload if each.code in refused]
     by_clock = sum(each.code == "OK" and each.ended - each.due <= deadline for each in overload)
     overrun = [
         over

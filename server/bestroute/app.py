@@ -12,7 +12,13 @@ from grpc_reflection.v1alpha import reflection
 
 from bestroute import service
 from bestroute.config import ConfigInvalid, Server, Settings
-from bestroute.process import first_signal, log_ready, log_to_stderr, new_event_loop
+from bestroute.process import (
+    first_signal,
+    log_ready,
+    log_to_stderr,
+    new_event_loop,
+    spare_what_is_loaded,
+)
 from bestroute.router import open_router
 
 _log = logging.getLogger(__name__)
@@ -114,6 +120,7 @@ def run(settings: Settings) -> int:
 async def _serve_until_signal(settings: Settings) -> None:
     with first_signal() as stop:
         async with serving(settings) as running:
+            spare_what_is_loaded()
             log_ready(running.bundle, running.address)
             await stop.wait()
             _log.info("draining; a second signal exits now")

@@ -153,7 +153,7 @@ class Batcher(Generic[In, Out]):
         self._open = self._due = False
         self._turns, self._turned = 0, 0.0
         self._settled = asyncio.Event()
-        self._seconds_per_item = self._seconds_per_run = 0.0
+        self._seconds_per_item = self._seconds_per_run = self._seconds_per_token = 0.0
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -211,7 +211,7 @@ class Batcher(Generic[In, Out]):
                 entry.reply.cancel()
 
     def _queued(self, items: Sequence[In], deadline: float | None) -> list[Pending[In, Out]]:
-        now = time.monotonic()
+        now, lengths = time.monotonic(), [self._length(item) for item in items]
         if deadline is not None and deadline <= now:
             raise DeadlineExceeded("the deadline had passed when the request arrived")
         waiting = len(self._queue)
@@ -219,7 +219,8 @@ class Batcher(Generic[In, Out]):
             raise Overloaded(f"{waiting} requests are waiting already", self._wait())
         if deadline is not None and waiting:
             # The engine is spent only on what can still be in time when its run ends.
-            begin_by = deadline - self._seconds_per_run
+            alone = self._seconds_per_token * (self._budget.tokens_per_run + max(lengths))
+            begin_by = deadline - max(alone, self._seconds_per_run)
             if now + (wait := self._wait()) > begin_by:
                 raise Overloaded(
                     f"{waiting} requests are waiting already, which takes longer than this one's "
@@ -229,7 +230,8 @@ class Batcher(Generic[In, Out]):
             deadline = begin_by
         loop = asyncio.get_running_loop()
         entries = [
-            Pending(item, self._length(item), deadline, loop.create_future(), now) for item in items
+            Pending(item, length, deadline, loop.create_future(), now)
+            for item, length in zip(items, lengths, strict=True)
         ]
         self._queue.extend(entries)
         self._schedule()
@@ -333,6 +335,8 @@ class Batcher(Generic[In, Out]):
         ran, size = time.monotonic() - start, len(batch)
         self._seconds_per_item = _smoothed(self._seconds_per_item, ran / size)
         self._seconds_per_run = _smoothed(self._seconds_per_run, ran)
+        tokens = self._budget.tokens_per_run + size * max(entry.length for entry in batch)
+        self._seconds_per_token = _smoothed(self._seconds_per_token, ran / tokens)
         for entry, value in zip(batch, outputs, strict=True):
             if not entry.reply.done():
                 entry.reply.set_result(Done(value, start - entry.since, ran, size))

@@ -14,7 +14,7 @@ from bestroute.app import serving
 from bestroute.config import ConfigInvalid, Settings
 from bestroute.engine import cpus
 from bestroute.errors import BundleInvalid
-from bestroute.process import STOPPING, log_to_stderr, new_event_loop
+from bestroute.process import STOPPING, log_to_stderr, new_event_loop, spare_what_is_loaded
 
 _log = logging.getLogger("bestroute.worker")  # not __main__
 
@@ -50,6 +50,7 @@ async def _serve(settings: Settings) -> int:
         loop.add_signal_handler(number, stop.set)
     try:
         async with serving(settings) as running:
+            spare_what_is_loaded()
             _report(serves=running.bundle)
             await stop.wait()
             _log.info("draining")
