@@ -368,6 +368,32 @@ async def test_small_batches_run_at_once_and_large_ones_elsewhere() -> None:
     assert (long.value, last.value) == ("d" * 7, "e")
 
 
+async def test_a_tight_deadline_is_no_reason_to_refuse_where_runs_are_fast() -> None:
+    """Callers of the embedded router may well allow only some milliseconds."""
+    gate = asyncio.Event()
+    gate.set()
+
+    async def run(batch: Sequence[str]) -> list[str]:
+        await gate.wait()
+        return list(batch)
+
+    batcher = batcher_of(run)
+    async with batcher.running():
+        for _ in range(3):
+            await batcher.submit("a")
+        gate.clear()
+        calls = [asyncio.create_task(batcher.submit(letter)) for letter in "bc"]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        tight = asyncio.create_task(batcher.submit("d", deadline=time.monotonic() + 0.008))
+        await asyncio.sleep(0)
+
+        assert not tight.done()
+        gate.set()
+        await asyncio.gather(*calls)
+        await asyncio.wait([tight])
+
+
 async def test_small_runs_wait_for_a_busy_loop_but_not_for_an_idle_one() -> None:
     """Who arrives while the loop does other things shares the run; each turn has 50 us of them."""
     sizes: list[int] = []
@@ -420,8 +446,11 @@ async def test_a_queue_too_long_for_a_deadline_refuses_at_once() -> None:
             calls.create_task(batcher.submit(letter * 100))
             await asyncio.sleep(0.001)
 
-        with pytest.raises(Overloaded, match=r"3 requests .* longer than this one's deadline"):
+        with pytest.raises(
+            Overloaded, match=r"3 requests .* longer than this one's deadline"
+        ) as no:
             await batcher.submit("f", deadline=time.monotonic() + 0.06)
+        assert no.value.retry_after > 0.1
         patient = calls.create_task(batcher.submit("g", deadline=time.monotonic() + 60))
         await asyncio.sleep(0.001)
         gate.set()

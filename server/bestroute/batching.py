@@ -23,6 +23,8 @@ Out = TypeVar("Out")
 _TURNS, _BUSY_TURN = 32, 5e-6
 """Most turns of the event loop that small runs are put off for, and how many seconds a turn takes
 at least that had anything else to do."""
+_SOON = 0.01
+"""Seconds after which the refused may come back at the earliest."""
 _SMOOTHING = 0.2
 """Weight of the latest run in a moving average."""
 
@@ -216,7 +218,8 @@ class Batcher(Generic[In, Out]):
             raise DeadlineExceeded("the deadline had passed when the request arrived")
         waiting = len(self._queue)
         if not self._open or waiting + len(items) > self._max_queue:
-            raise Overloaded(f"{waiting} requests are waiting already", self._wait())
+            wait = max(_SOON, self._wait())
+            raise Overloaded(f"{waiting} requests are waiting already", wait)
         if deadline is not None and waiting:
             # The engine is spent only on what can still be in time when its run ends.
             alone = self._seconds_per_token * (self._budget.tokens_per_run + max(lengths))
@@ -225,7 +228,7 @@ class Batcher(Generic[In, Out]):
                 raise Overloaded(
                     f"{waiting} requests are waiting already, which takes longer than this one's "
                     f"deadline of {deadline - now:.3f} s",
-                    wait,
+                    max(_SOON, wait),
                 )
             deadline = begin_by
         loop = asyncio.get_running_loop()
@@ -239,7 +242,7 @@ class Batcher(Generic[In, Out]):
 
     def _wait(self) -> float:
         """About how many seconds what is queued will take."""
-        return max(0.01, len(self._queue) * self._seconds_per_item / self._in_flight)
+        return len(self._queue) * self._seconds_per_item / self._in_flight
 
     def _schedule(self) -> None:
         """See that something runs next: after whatever else has arrived by now is queued, too."""
