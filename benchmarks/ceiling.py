@@ -45,9 +45,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks import record, synthetic
+from benchmarks.children import child, on_core, profiled, py_spy, serve_until_signal
 from benchmarks.peers.model import Cost
 from benchmarks.peers.running import Running
-from benchmarks.stages import child, on_core, profiled, py_spy, serve_until_signal
 from bestroute import app
 from bestroute.bundle import DEFAULT_BUNDLE, Bundle
 from bestroute.config import Routing, Server, Settings

@@ -22,15 +22,10 @@ import argparse
 import asyncio
 import itertools
 import json
-import os
-import shutil
-import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -48,13 +43,13 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks import record
+from benchmarks.children import child, profiled, py_spy, serve_until_signal
 from benchmarks.compare import RATES, written
 from benchmarks.load import closed_loop
 from benchmarks.peers.running import Running
 from bestroute import app, service
 from bestroute.config import Routing, Server, Settings
 from bestroute.decision import Decision, Rules
-from bestroute.process import first_signal, new_event_loop
 from bestroute.router import Routed, Router
 from bestroute.service import RoutingService
 from bestroute.tokenizer import Tokenizer
@@ -165,19 +160,6 @@ def serve(bundle: str, wrapped: str) -> None:
     # Not by print: an unbuffered sys.stdout loses what a pipe doesn't take at once.
     with open(sys.stdout.fileno(), "w", encoding="utf-8", closefd=False) as output:
         json.dump(calls, output)
-
-
-def serve_until_signal(serving: AbstractAsyncContextManager[app.Running]) -> None:
-    """Serve on the loop that `bestroute serve` has; prints the address when ready."""
-
-    async def served() -> None:
-        with first_signal() as stop:
-            async with serving as server:
-                print(server.address, flush=True)
-                await stop.wait()
-
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        runner.run(served())
 
 
 def instrument() -> dict[str, Marks]:
@@ -302,51 +284,6 @@ def _typical(seconds: Sequence[float]) -> dict[str, float]:
 
 
 @dataclass
-class Child:
-    """A server in a process of its own.
-
-    Attributes:
-        running: where, while it runs.
-        printed: what it printed beside its address; there once it has ended.
-    """
-
-    running: Running
-    printed: str = ""
-
-
-@contextmanager
-def child(function: str, *arguments: str, core: int | None = None) -> Iterator[Child]:
-    """Run a server while the block lasts, then ask it to end, and wait until it has.
-
-    Args:
-        function: "module.function", which calls `serve_until_signal`.
-        arguments: of the function.
-        core: the only CPU that it may use; None: it may use all.
-    """
-    module, _, name = function.rpartition(".")
-    code = f"import sys; from {module} import {name}; {name}(*sys.argv[1:])"
-    command = [*on_core(core), sys.executable, "-c", code, *arguments]
-    # A session of its own, by which `Running` finds its processes.
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, start_new_session=True
-    ) as server:
-        assert server.stdout is not None
-        try:
-            if not (address := server.stdout.readline().strip()):
-                raise SystemExit("the server ended before it was ready")
-            found = Child(Running(address, server.pid))
-            yield found
-        finally:
-            server.terminate()
-        found.printed = server.stdout.read()
-
-
-def on_core(core: int | None) -> list[str]:
-    """What to put before a command that may use one CPU only; None: nothing."""
-    return [] if core is None else ["taskset", "--cpu-list", str(core)]
-
-
-@dataclass
 class _Window:
     """What one server did at one number of callers: a value per round, and the calls of all."""
 
@@ -450,55 +387,6 @@ async def _trips(
 
 
 # Profiles.
-
-
-def py_spy() -> str | None:
-    """Where py-spy is, in this environment or on the path; None if it isn't installed."""
-    here = str(Path(sys.executable).parent)
-    return shutil.which("py-spy", path=os.pathsep.join([here, os.environ.get("PATH", "")]))
-
-
-@contextmanager
-def profiled(pid: int, form: str, output: Path) -> Iterator[None]:
-    """Have py-spy sample a process while the block lasts.
-
-    Args:
-        pid: the process.
-        form: what py-spy writes: "flamegraph" or "raw".
-        output: where; it holds nothing about where things lie on this machine.
-
-    Raises:
-        RuntimeError: py-spy couldn't, in its words.
-    """
-    tool = py_spy()
-    assert tool is not None
-    # Named without directories, since what py-spy was called with becomes the title of its picture.
-    command = ["py-spy", "record", "--function", "--threads", "--rate", "500", "--format", form]
-    command += ["--output", output.name, "--pid", str(pid)]
-    with subprocess.Popen(
-        command,
-        executable=tool,
-        cwd=output.parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as sampling:
-        try:
-            yield
-        finally:
-            sampling.send_signal(signal.SIGINT)  # py-spy writes what it has
-            said, _ = sampling.communicate()
-    if not output.exists():
-        raise RuntimeError(f"py-spy has written nothing: {said}")
-    places = [sys.prefix, sys.base_prefix, str(record.RESULTS.parents[1]), str(Path.home())]
-    output.write_text(without(places, output.read_text(encoding="utf-8")), encoding="utf-8")
-
-
-def without(places: Sequence[str], text: str) -> str:
-    """A text that names files relative to the directories that they lie in, longest ones first."""
-    for place in sorted(places, key=len, reverse=True):
-        text = text.replace(f"{place.rstrip(os.sep)}{os.sep}", "")
-    return text
 
 
 def draw_flame(

@@ -9,6 +9,7 @@ import pytest
 from google.protobuf.message import DecodeError
 
 from benchmarks import ceiling, stages
+from benchmarks.children import child, without
 from benchmarks.peers.running import Running
 from benchmarks.stages import STAGES, Marks, Trip, account, draw
 from bestroute.v1 import routing_pb2 as pb
@@ -78,7 +79,7 @@ def test_calls_that_fail_are_not_measured(tiny_bundle: Path) -> None:
 def test_files_are_named_without_where_they_lie() -> None:
     text = "run (/home/a/checkout/.venv/lib/x.py:3);main (/home/a/checkout/y.py:1) /home/a/z.py"
     places = ["/home/a", "/home/a/checkout/", "/home/a/checkout/.venv"]
-    assert stages.without(places, text) == "run (lib/x.py:3);main (y.py:1) z.py"
+    assert without(places, text) == "run (lib/x.py:3);main (y.py:1) z.py"
 
 
 def test_a_frame_is_a_byte_the_length_and_the_message() -> None:
@@ -110,13 +111,13 @@ def _load(method: str, count: int, calls: int = 1) -> ceiling.Load:
 
 @pytest.fixture(scope="module")
 def decides() -> Iterator[Running]:
-    with stages.child("benchmarks.ceiling.serve_bestroute", "0") as server:
+    with child("benchmarks.ceiling.serve_bestroute", "0") as server:
         yield server.running
 
 
 @pytest.fixture(scope="module")
 def echoes() -> Iterator[Running]:
-    with stages.child("benchmarks.ceiling.serve_echo") as server:
+    with child("benchmarks.ceiling.serve_echo") as server:
         yield server.running
 
 
