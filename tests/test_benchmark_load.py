@@ -244,7 +244,8 @@ async def test_without_an_engine_a_run_takes_what_was_said(
 ) -> None:
     cost = Cost.parse("200,100")
     assert cost == Cost(a_ms=200, b_us=100)
-    monkeypatch.setattr(router, "load_text_model", None)  # to be put back
+    for replaced in ("load_text_model", "check_golden"):
+        monkeypatch.setattr(router, replaced, None)  # to be put back
     synthetic.install(cost)
     async with serving(settings) as server, clients.route(server.address) as client:
         await _check_that_it_waits(client)
