@@ -21,6 +21,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bestroute.app import Running, serving
 from bestroute.config import Settings
+from bestroute.errors import InvalidRequest
+from bestroute.status import unary
 from bestroute.tokenizer import Tokenizer
 from bestroute.v1 import routing_pb2 as pb
 from bestroute.v1 import routing_pb2_grpc
@@ -277,6 +279,26 @@ def test_serving_needs_no_training_framework() -> None:
     )
 
     assert ended.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("left", "raised"), [(True, asyncio.CancelledError), (False, OSError)])
+async def test_whoever_has_left_is_told_nothing_and_nothing_is_logged(
+    left: bool, raised: type[BaseException]
+) -> None:
+    """A context made up, since leaving just before the answer can't be staged with a real one."""
+
+    class Gone:
+        async def abort(self, *_: object) -> None:
+            raise OSError("the call has ended")
+
+        def done(self) -> bool:
+            return left
+
+    async def refuse(*_: object) -> pb.RouteResponse:
+        raise InvalidRequest("prompt", "must not be empty")
+
+    with pytest.raises(raised):
+        await unary(refuse)(pb.RouteRequest(), Gone())  # type: ignore[arg-type]
 
 
 async def test_calls_that_wait_for_the_loop_can_be_limited(settings: Settings) -> None:

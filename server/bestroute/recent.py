@@ -25,7 +25,8 @@ class Recent(Generic[Value]):
         self._values: OrderedDict[bytes, Value] = OrderedDict()
         self.hits = self.misses = 0
 
-    def key(self, text: str) -> bytes:
+    @staticmethod
+    def key(text: str) -> bytes:
         """What stands for a text."""
         return hashlib.blake2b(text.encode(), digest_size=16).digest()
 

@@ -113,8 +113,7 @@ class TextModel:
             DeadlineExceeded: the deadline passed before the run.
         """
         start = time.monotonic()
-        inline = len(text) <= _INLINE_CHARACTERS
-        encoded = self.tokenizer.prompt(text) if inline else await self.encode(text)
+        encoded = await self.encode(text)
         tokenize = time.monotonic() - start
         done = await self._batcher.submit(encoded, deadline=deadline)
         timing = Timing(tokenize, done.queued, done.ran, done.batch_size)
