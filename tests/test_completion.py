@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from openai._models import construct_type
 from openai.types.chat import ChatCompletionChunk
 
-from bestroute.completion import (
+from bestroute.errors import ProviderFailed
+from bestroute.upstream.completion import (
     Completion,
     Delta,
     Ended,
@@ -18,7 +19,6 @@ from bestroute.completion import (
     plausible,
     shares,
 )
-from bestroute.errors import ProviderFailed
 from tests.upstreams import finish, text, usage
 
 ANSWER = "x" * 40  # ten tokens, as they are estimated

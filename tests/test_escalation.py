@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 
 from bestroute.app import serving
 from bestroute.candidate import Candidate
-from bestroute.completion import CANCELLED, Usage
 from bestroute.config import Server, Settings
 from bestroute.errors import ProviderFailed
 from bestroute.escalation import ByGate, ByReward, Escalation
 from bestroute.manifest import MANIFEST, Estimate
 from bestroute.policy import InputBilling
 from bestroute.pricing import ModelPrice
+from bestroute.upstream.completion import CANCELLED, Usage
 from bestroute.v1 import routing_pb2 as pb
 from bestroute.v1 import routing_pb2_grpc
 from tests import tiny

@@ -17,7 +17,7 @@ import pytest
 from llmock.pytest_plugin import LLMock
 
 from bestroute.config import ConfigInvalid, Settings
-from bestroute.providers import Sampling
+from bestroute.upstream.providers import Sampling
 from bestroute_export.__main__ import main
 from bestroute_export.data import stream_prompts
 from bestroute_export.gather.collect import PATIENCE, Collector

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from llmock.pytest_plugin import LLMock
 
-from bestroute.completion import Delta, Ended, Event, Finished, Usage
 from bestroute.config import ConfigInvalid, Provider
 from bestroute.prompt import Message, Prompt
-from bestroute.providers import Providers, Sampling, _Upstream
+from bestroute.upstream.completion import Delta, Ended, Event, Finished, Usage
+from bestroute.upstream.providers import Providers, Sampling, _Upstream
 from tests.upstreams import (
     Call,
     Chunk,

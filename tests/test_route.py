@@ -10,6 +10,7 @@ import pytest
 
 from bestroute import engine
 from bestroute.app import serving
+from bestroute.call import Call
 from bestroute.config import Settings
 from bestroute.decision import Policy
 from bestroute.errors import DeadlineExceeded
@@ -260,4 +261,4 @@ async def test_an_expired_deadline_never_reaches_the_engine(settings: Settings) 
     """Asked of the router itself: gRPC's own clock would end such a call before it is sent."""
     async with open_router(settings) as router:
         with pytest.raises(DeadlineExceeded):
-            await router.decide(Prompt.of("easy"), Policy(), deadline=time.monotonic() - 1)
+            await router.decide(Prompt.of("easy"), Policy(), Call(time.monotonic() - 1))

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import grpc
@@ -22,7 +23,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from bestroute.app import Running, serving
 from bestroute.config import Settings
 from bestroute.errors import InvalidRequest
-from bestroute.status import unary
+from bestroute.status import abort
 from bestroute.tokenizer import Tokenizer
 from bestroute.v1 import routing_pb2 as pb
 from bestroute.v1 import routing_pb2_grpc
@@ -294,11 +295,9 @@ async def test_whoever_has_left_is_told_nothing_and_nothing_is_logged(
         def done(self) -> bool:
             return left
 
-    async def refuse(*_: object) -> pb.RouteResponse:
-        raise InvalidRequest("prompt", "must not be empty")
-
+    report = SimpleNamespace(code=None)
     with pytest.raises(raised):
-        await unary(refuse)(pb.RouteRequest(), Gone())  # type: ignore[arg-type]
+        await abort(Gone(), InvalidRequest("prompt", "must not be empty"), report)  # type: ignore[arg-type]
 
 
 async def test_calls_that_wait_for_the_loop_can_be_limited(settings: Settings) -> None:

@@ -12,6 +12,9 @@ from grpc_reflection.v1alpha import reflection
 
 from bestroute import service
 from bestroute.config import ConfigInvalid, Server, Settings
+from bestroute.guard.callers import Callers
+from bestroute.live import Live
+from bestroute.observe.telemetry import Telemetry
 from bestroute.process import (
     first_signal,
     log_ready,
@@ -19,7 +22,6 @@ from bestroute.process import (
     new_event_loop,
     spare_what_is_loaded,
 )
-from bestroute.router import open_router
 
 _log = logging.getLogger(__name__)
 
@@ -56,11 +58,13 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         ConfigInvalid: the settings don't fit the bundle, the machine or the port.
     """
     limits = settings.server
-    async with open_router(settings) as router:
+    live = Live()
+    async with live.serving(settings):
         server = grpc.aio.server(
             options=[
                 *_pending_limits(limits.max_pending),
                 ("grpc.max_receive_message_length", limits.max_message_bytes),
+                ("grpc.max_concurrent_streams", limits.max_streams),
                 # Two servers on one port would split the traffic between them without a word, which
                 # is what workers are to do. That they are alone there `workers` sees to.
                 ("grpc.so_reuseport", int(limits.workers > 1)),
@@ -68,7 +72,7 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
             ]
         )
-        routing = service.RoutingService(router, limits)
+        routing = service.RoutingService(live, limits, Callers(settings.callers), Telemetry())
         routing.add_to(server)
         healths = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(healths, server)
@@ -80,7 +84,8 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
             await healths.set(name, health_pb2.HealthCheckResponse.SERVING)
         await server.start()
         try:
-            yield Running(address, f"{router.manifest.name} {router.manifest.version}")
+            manifest = live.router.manifest
+            yield Running(address, f"{manifest.name} {manifest.version}")
         finally:
             for name in HEALTH_NAMES:
                 await healths.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)

@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from bestroute.call import ANYBODY, Call
 from bestroute.errors import DeadlineExceeded, Overloaded
 from bestroute.partition import Budget, divided
 
@@ -182,19 +183,17 @@ class Batcher(Generic[In, Out]):
             for entry in self._queue:
                 entry.reply.cancel()
 
-    async def submit(self, item: In, *, deadline: float | None = None) -> Done[Out]:
+    async def submit(self, item: In, call: Call = ANYBODY) -> Done[Out]:
         """Run one item; see `submit_all`."""
-        (entry,) = self._queued([item], deadline)
+        (entry,) = self._queued([item], call.deadline)
         return await entry.reply
 
-    async def submit_all(
-        self, items: Sequence[In], *, deadline: float | None = None
-    ) -> list[Done[Out]]:
+    async def submit_all(self, items: Sequence[In], call: Call = ANYBODY) -> list[Done[Out]]:
         """Queue items together and wait for all of them; they may run in different batches.
 
         Args:
             items: at least one; all are queued or none.
-            deadline: `time.monotonic()` after which the caller no longer waits.
+            call: who asks, and until when.
 
         Returns:
             One result per item, in order.
@@ -205,7 +204,7 @@ class Batcher(Generic[In, Out]):
             DeadlineExceeded: the deadline passed before they ran.
             Exception: whatever the run raised.
         """
-        entries = self._queued(items, deadline)
+        entries = self._queued(items, call.deadline)
         try:
             return await asyncio.gather(*(entry.reply for entry in entries))
         finally:

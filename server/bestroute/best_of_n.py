@@ -11,14 +11,15 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from bestroute.call import ANYBODY, Call
 from bestroute.candidate import Candidate, best
-from bestroute.completion import CANCELLED, Delta, Ended, Finished, Usage
-from bestroute.completion import Event as Progress
 from bestroute.errors import DeadlineExceeded, ProviderFailed
 from bestroute.escalation import Escalation
 from bestroute.pricing import ModelPrice, cost
 from bestroute.prompt import Prompt
-from bestroute.providers import Providers, Sampling
+from bestroute.upstream.completion import CANCELLED, Delta, Ended, Finished, Usage
+from bestroute.upstream.completion import Event as Progress
+from bestroute.upstream.providers import Providers, Sampling
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +34,9 @@ GIVE_UP_BEFORE_DEADLINE = 0.02
 class Scores(Protocol):
     """Rewards of answers to a prompt, one each; higher is better."""
 
-    async def __call__(self, prompt: Prompt, answers: Sequence[str]) -> Sequence[float]:
+    async def __call__(
+        self, prompt: Prompt, answers: Sequence[str], call: Call, /
+    ) -> Sequence[float]:
         """Score the answers; whatever it raises leaves them unscored."""
 
 
@@ -47,7 +50,7 @@ class Task:
         samples: n, at least 1.
         sampling: how the LLM samples.
         started: when the request arrived, as `time.monotonic()`.
-        deadline: when the answer is too late, on the same clock; None: never.
+        call: who asks, and until when.
         early_stop: cancel the rest once a reward reaches the pool's `accept_reward`, unless the
             escalation needs them all.
         escalation: when to ask the reference as well, which a provider serves; None: never.
@@ -58,7 +61,7 @@ class Task:
     samples: int
     sampling: Sampling
     started: float
-    deadline: float | None = None
+    call: Call = ANYBODY
     early_stop: bool = False
     escalation: Escalation | None = None
 
@@ -245,7 +248,9 @@ class _Run:
 
     async def _reward(self, text: str) -> float | None:
         try:
-            [reward] = await self._pool.scores(self._task.prompt, [text])
+            # Whoever gives up on it does so for all that is under way; see `_draw`.
+            call = self._task.call._replace(deadline=None)
+            [reward] = await self._pool.scores(self._task.prompt, [text], call)
         except Exception:  # whatever it is, an answer that was paid for isn't lost over it
             _log.warning("a candidate could not be scored", exc_info=True)
             return None
@@ -301,7 +306,7 @@ class _Run:
         )
 
     def _before_deadline(self, seconds: float) -> float | None:
-        deadline = self._task.deadline
+        deadline = self._task.call.deadline
         return None if deadline is None else deadline - seconds
 
 

@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bestroute.completion import CANCELLED, Usage
 from bestroute.errors import ProviderFailed
 from bestroute.gate import final_answer
+from bestroute.upstream.completion import CANCELLED, Usage
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,17 +7,18 @@ from contextlib import contextmanager
 from google.protobuf.duration_pb2 import Duration
 
 from bestroute.best_of_n import Result
+from bestroute.call import Call
 from bestroute.candidate import Candidate
-from bestroute.completion import Delta, Usage
 from bestroute.config import Server
 from bestroute.decision import Fallback, Option, Policy, Rate, Threshold
 from bestroute.errors import InvalidRequest
 from bestroute.manifest import Gate, TradeOffs
 from bestroute.prompt import ROLES, Message, Prompt
-from bestroute.providers import Sampling
 from bestroute.router import Execution, Order, Routed
 from bestroute.status import status_of
 from bestroute.text_model import Timing
+from bestroute.upstream.completion import Delta, Usage
+from bestroute.upstream.providers import Sampling
 from bestroute.v1 import routing_pb2 as pb
 
 _FALLBACKS: dict[Fallback | None, pb.FallbackReason.ValueType] = {
@@ -99,9 +100,7 @@ def sampling(message: pb.Sampling) -> Sampling:
     return Sampling(**given, stop=tuple(message.stop))
 
 
-def order(
-    request: pb.GenerateRequest, limits: Server, started: float, deadline: float | None
-) -> Order:
+def order(request: pb.GenerateRequest, limits: Server, started: float, call: Call) -> Order:
     """What to generate.
 
     Raises:
@@ -119,7 +118,7 @@ def order(
                 "arm.samples", f"must be at most {limits.max_responses}, got {request.arm.samples}"
             )
         chosen = (request.arm.model, request.arm.samples or 1)
-    return Order(asked, policy(request.request.policy), how, execution, chosen, started, deadline)
+    return Order(asked, policy(request.request.policy), how, execution, chosen, started, call)
 
 
 @contextmanager

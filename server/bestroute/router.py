@@ -16,6 +16,7 @@ import numpy as np
 
 from bestroute.best_of_n import BestOfN, Event, Task
 from bestroute.bundle import DEFAULT_BUNDLE, Bundle
+from bestroute.call import ANYBODY, Call
 from bestroute.config import Engine as EngineSettings
 from bestroute.config import Routing, Settings
 from bestroute.decision import Decision, Policy, Rules, rate_of
@@ -25,10 +26,10 @@ from bestroute.escalation import ByGate, ByReward, Escalation
 from bestroute.manifest import Arm, Manifest
 from bestroute.pricing import ModelPrice, prices
 from bestroute.prompt import Prompt
-from bestroute.providers import Providers, Sampling
 from bestroute.recent import Recent
 from bestroute.scoring import Scored, score
 from bestroute.text_model import Reading, TextModel, Timing, load_text_model
+from bestroute.upstream.providers import Providers, Sampling
 
 _log = logging.getLogger(__name__)
 _CHARACTERS_PER_TOKEN = 4
@@ -74,7 +75,7 @@ class Order:
         execution: how the samples are run.
         arm: model and number of samples, to skip the routing; None decides.
         started: when the request arrived, as `time.monotonic()`.
-        deadline: when the answer is too late, on the same clock; None: never.
+        call: who asks, and until when.
     """
 
     prompt: Prompt
@@ -83,7 +84,7 @@ class Order:
     execution: Execution
     arm: tuple[str, int] | None
     started: float
-    deadline: float | None = None
+    call: Call = ANYBODY
 
 
 class Router:
@@ -116,15 +117,13 @@ class Router:
             providers, self._rewards, prices, of.accept_reward, of.agreement_bonus
         )
 
-    async def decide(
-        self, prompt: Prompt, policy: Policy, *, deadline: float | None = None
-    ) -> Routed:
+    async def decide(self, prompt: Prompt, policy: Policy, call: Call = ANYBODY) -> Routed:
         """Choose an arm for a prompt; no LLM is called.
 
         Args:
             prompt: not empty.
             policy: target and limits.
-            deadline: `time.monotonic()` after which the caller no longer waits.
+            call: who asks, and until when.
 
         Raises:
             InvalidRequest: the policy can't be followed.
@@ -133,7 +132,7 @@ class Router:
         """
         self.rules.check(policy)
         try:
-            reading, timing = await self._read(prompt.text, deadline)
+            reading, timing = await self._read(prompt.text, call)
         except BestrouteError:
             raise
         except Exception:
@@ -145,7 +144,7 @@ class Router:
         row, tokens, truncated = reading
         return Routed(self.rules.decide(row, tokens, policy), tokens, truncated, timing)
 
-    async def _read(self, text: str, deadline: float | None) -> tuple[Reading, Timing]:
+    async def _read(self, text: str, call: Call) -> tuple[Reading, Timing]:
         """The router model's output for a prompt, which may be remembered.
 
         Raises:
@@ -154,18 +153,16 @@ class Router:
         key = self._recent.key(text)
         if known := self._recent.get(key):
             return known, _REMEMBERED
-        reading, timing = await self._router_model.prompt(text, deadline=deadline)
+        reading, timing = await self._router_model.prompt(text, call)
         # One number that is finite if all are: predictions are far too small to overflow.
         if not math.isfinite(reading.row.dot(reading.row)):
             raise ArithmeticError(f"the router model gave {reading.row}")
         self._recent.put(key, reading)
         return reading, timing
 
-    async def score(
-        self, prompt: Prompt, answers: Sequence[str], *, deadline: float | None = None
-    ) -> Scored:
+    async def score(self, prompt: Prompt, answers: Sequence[str], call: Call = ANYBODY) -> Scored:
         """Score answers to a prompt; see `bestroute.scoring.score`."""
-        return await score(self._reward_model, prompt, answers, deadline=deadline)
+        return await score(self._reward_model, prompt, answers, call)
 
     async def generate(self, order: Order) -> AsyncGenerator[Routed | Event, None]:
         """Decide, draw the samples, score each as it ends: BEST-Route's Algorithm 1, end to end.
@@ -193,7 +190,7 @@ class Router:
             arm.samples,
             order.sampling,
             order.started,
-            order.deadline,
+            order.call,
             order.execution.early_stop,
             self._escalation(order, routed),
         )
@@ -209,7 +206,7 @@ class Router:
             served = tuple(n for n in wanted or names if n in self._served)
             self.rules.check(order.policy)  # before narrowing, so that the caller's names are told
             policy = replace(order.policy, allowed_models=served)
-            return await self.decide(order.prompt, policy, deadline=order.deadline)
+            return await self.decide(order.prompt, policy, order.call)
         encoded = await self._router_model.encode(order.prompt.text)
         model, samples = order.arm
         tokens, gated = encoded.prompt_tokens, self._may_escalate(order)
@@ -238,8 +235,8 @@ class Router:
             return ByGate(reference, gate, rate, routed.prompt_tokens, price, bonus)
         return None if floor is None else ByReward(reference, floor, bonus)
 
-    async def _rewards(self, prompt: Prompt, answers: Sequence[str]) -> Sequence[float]:
-        return (await self.score(prompt, answers)).rewards
+    async def _rewards(self, prompt: Prompt, answers: Sequence[str], call: Call) -> Sequence[float]:
+        return (await self.score(prompt, answers, call)).rewards
 
 
 @asynccontextmanager

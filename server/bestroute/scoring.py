@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bestroute.call import ANYBODY, Call
 from bestroute.prompt import Prompt
 from bestroute.text_model import TextModel, Timing
 
@@ -30,7 +31,7 @@ class Scored:
 
 
 async def score(
-    model: TextModel, prompt: Prompt, answers: Sequence[str], *, deadline: float | None = None
+    model: TextModel, prompt: Prompt, answers: Sequence[str], call: Call = ANYBODY
 ) -> Scored:
     """Score each answer.
 
@@ -38,14 +39,14 @@ async def score(
         model: the reward model; rows are float32 [1].
         prompt: what was asked.
         answers: at least one; may be empty strings.
-        deadline: `time.monotonic()` after which the caller no longer waits.
+        call: who asks, and until when.
 
     Raises:
         Overloaded: the queue is full.
         DeadlineExceeded: the deadline passed before the run.
         ArithmeticError: the reward model gave no finite number.
     """
-    readings, timing = await model.answers(prompt.text, answers, deadline=deadline)
+    readings, timing = await model.answers(prompt.text, answers, call)
     rewards = tuple(float(reading.row[0]) for reading in readings)
     if not np.isfinite(rewards).all():
         raise ArithmeticError(f"the reward model gave {rewards}")

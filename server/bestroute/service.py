@@ -9,11 +9,16 @@ from typing import Any
 import grpc
 
 from bestroute import convert
-from bestroute.completion import Delta
+from bestroute.boundary import Boundary
+from bestroute.call import Call
 from bestroute.config import Server
 from bestroute.errors import InvalidRequest
+from bestroute.guard.callers import Callers
+from bestroute.live import Live
+from bestroute.observe.telemetry import Telemetry
 from bestroute.router import Routed, Router
-from bestroute.status import Context, Draining, server_stream, status_of, unary
+from bestroute.status import Context, Draining, status_of
+from bestroute.upstream.completion import Delta
 from bestroute.v1 import routing_pb2 as pb
 from bestroute.wire import Malformed, decoder
 
@@ -21,61 +26,67 @@ NAME = "bestroute.v1.RoutingService"
 
 
 class RoutingService:
-    """The handlers of the service over one router.
+    """The handlers of the service.
 
     Args:
-        router: decides, scores and generates.
+        live: the router that decides, scores and generates.
         limits: what a request may hold.
+        callers: who calls, and what they may have.
+        telemetry: is told what happens.
     """
 
-    def __init__(self, router: Router, limits: Server) -> None:
-        self._router, self._limits = router, limits
-        self._draining = asyncio.Event()
+    def __init__(self, live: Live, limits: Server, callers: Callers, telemetry: Telemetry) -> None:
+        self._live, self._limits, self._telemetry = live, limits, telemetry
+        self._boundary = Boundary(callers, telemetry)
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Register every RPC, with decoders that name what is malformed."""
+        around = self._boundary
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "Route": grpc.unary_unary_rpc_method_handler(
-                unary(self.route), decoder(pb.RouteRequest), pb.RouteResponse.SerializeToString
+                around.unary("Route", self.route),
+                decoder(pb.RouteRequest),
+                pb.RouteResponse.SerializeToString,
             ),
             "RouteStream": grpc.stream_stream_rpc_method_handler(
-                self.route_stream,
+                around.streams("RouteStream", self.route_stream),
                 decoder(pb.RouteStreamRequest),
                 pb.RouteStreamResponse.SerializeToString,
             ),
             "Score": grpc.unary_unary_rpc_method_handler(
-                unary(self.score), decoder(pb.ScoreRequest), pb.ScoreResponse.SerializeToString
+                around.unary("Score", self.score),
+                decoder(pb.ScoreRequest),
+                pb.ScoreResponse.SerializeToString,
             ),
             "Generate": grpc.unary_stream_rpc_method_handler(
-                server_stream(self.generate),
+                around.server_stream("Generate", self.generate),
                 decoder(pb.GenerateRequest),
                 pb.GenerateResponse.SerializeToString,
             ),
             "ListArms": grpc.unary_unary_rpc_method_handler(
-                unary(self.list_arms),
+                around.unary("ListArms", self.list_arms),
                 decoder(pb.ListArmsRequest),
                 pb.ListArmsResponse.SerializeToString,
             ),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(NAME, handlers),))
 
-    async def route(self, request: pb.RouteRequest, context: Context) -> pb.RouteResponse:
+    async def route(self, request: pb.RouteRequest, call: Call) -> pb.RouteResponse:
         """Decide."""
-        self._admit()
-        return await self._route(request, _deadline(context))
+        return await self._route(request, call)
 
     async def route_stream(
         self,
         requests: AsyncIterator[pb.RouteStreamRequest | Malformed[pb.RouteStreamRequest]],
         context: Context,
+        call: Call,
     ) -> None:
         """Decide for each message, many at once, and answer as each is ready."""
         window = asyncio.Semaphore(self._limits.stream_window)
         answered: asyncio.Queue[pb.RouteStreamResponse | None] = asyncio.Queue()
-        deadline = _deadline(context)
 
         async def answer(message: pb.RouteStreamRequest | Malformed[pb.RouteStreamRequest]) -> None:
-            answered.put_nowait(await self._stream_answer(message, deadline))
+            answered.put_nowait(await self._stream_answer(message, call))
 
         async def read(answers: asyncio.TaskGroup) -> None:
             async for message in requests:
@@ -91,65 +102,68 @@ class RoutingService:
             writing.create_task(write())
             async with asyncio.TaskGroup() as answers:
                 reading = answers.create_task(read(answers))
-                draining = answers.create_task(self._draining.wait())
+                draining = answers.create_task(self._boundary.draining.wait())
                 await asyncio.wait([reading, draining], return_when=asyncio.FIRST_COMPLETED)
                 reading.cancel()
                 draining.cancel()
             answered.put_nowait(None)
-        if self._draining.is_set():
+        if self._boundary.draining.is_set():
             # What was read is answered; whoever has asked more since then asks another server.
-            await context.abort(grpc.StatusCode.UNAVAILABLE, str(Draining()))
+            raise Draining
 
     def drain(self) -> None:
         """Refuse new calls; end the open streams once what was read from them is answered."""
-        self._draining.set()
+        self._boundary.draining.set()
 
-    def _admit(self) -> None:
-        if self._draining.is_set():
-            raise Draining
-
-    async def score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
+    async def score(self, request: pb.ScoreRequest, call: Call) -> pb.ScoreResponse:
         """Score given answers."""
-        self._admit()
         limits = self._limits
         prompt = convert.prompt(request, limits.max_prompt_bytes)
         answers = convert.answers(request, limits.max_responses, limits.max_prompt_bytes)
-        scored = await self._router.score(prompt, answers, deadline=_deadline(context))
+        with self._live.using() as router:
+            scored = await router.score(prompt, answers, call)
+        self._telemetry.scored(scored, call)
         return pb.ScoreResponse(
             request_id=request.request_id,
             rewards=scored.rewards,
             best=scored.best,
             truncated=scored.truncated,
-            bundle_version=self._router.manifest.version,
+            bundle_version=router.manifest.version,
             timing=convert.timing(scored.timing),
         )
 
     async def generate(
-        self, request: pb.GenerateRequest, context: Context
+        self, request: pb.GenerateRequest, call: Call
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         """Decide, sample, score, and answer with the best."""
-        self._admit()
-        order = convert.order(request, self._limits, time.monotonic(), _deadline(context))
+        order = convert.order(request, self._limits, time.monotonic(), call)
         execution = request.execution
         with_deltas = execution.stream_deltas or not execution.HasField("stream_deltas")
-        reference_cost_usd = 0.0
+        routed: Routed | None = None
         try:
-            async with aclosing(self._router.generate(order)) as events:
-                async for event in events:
-                    if isinstance(event, Routed):
-                        reference_cost_usd = event.decision.reference.estimated_cost_usd
-                        yield pb.GenerateResponse(decision=self._response(request.request, event))
-                    elif with_deltas or not isinstance(event, Delta):
-                        yield convert.event(event, reference_cost_usd)
+            with self._live.using() as router:
+                async with aclosing(router.generate(order)) as events:
+                    async for event in events:
+                        if isinstance(event, Routed):
+                            routed = event
+                            yield pb.GenerateResponse(
+                                decision=self._response(request.request, event, router, call)
+                            )
+                            continue
+                        assert routed is not None, "the decision comes first"
+                        self._telemetry.generated(event, routed, call)
+                        if with_deltas or not isinstance(event, Delta):
+                            reference = routed.decision.reference
+                            yield convert.event(event, reference.estimated_cost_usd)
         except InvalidRequest as error:
             # The policy lies inside the request to route, the arm beside it.
             inside = error.field.startswith("policy")
             raise (error.within("request") if inside else error) from error
 
-    async def list_arms(self, request: pb.ListArmsRequest, context: Context) -> pb.ListArmsResponse:
+    async def list_arms(self, request: pb.ListArmsRequest, call: Call) -> pb.ListArmsResponse:
         """List the pool, its prices and its calibration."""
-        self._admit()
-        manifest, prices = self._router.manifest, self._router.prices
+        router = self._live.router
+        manifest, prices = router.manifest, router.prices
         trade_offs = manifest.trade_offs
         return pb.ListArmsResponse(
             bundle_version=manifest.version,
@@ -163,7 +177,7 @@ class RoutingService:
                 )
                 for model in manifest.models
             ],
-            arms=convert.arms(self._router.rules.arms()),
+            arms=convert.arms(router.rules.arms()),
             calibration=[pb.Point(**point.model_dump()) for point in manifest.curve],
             trade_offs=convert.trade_offs(trade_offs) if trade_offs else (),
             default_quality_per_usd=trade_offs.default_quality_per_usd if trade_offs else None,
@@ -173,7 +187,7 @@ class RoutingService:
     async def _stream_answer(
         self,
         message: pb.RouteStreamRequest | Malformed[pb.RouteStreamRequest],
-        deadline: float | None,
+        call: Call,
     ) -> pb.RouteStreamResponse:
         if isinstance(message, Malformed):
             return pb.RouteStreamResponse(
@@ -181,7 +195,8 @@ class RoutingService:
             )
         request_id = message.request.request_id
         try:
-            response = await self._route(message.request, deadline)
+            self._boundary.callers.admit(call)
+            response = await self._route(message.request, call)
         except InvalidRequest as error:
             return pb.RouteStreamResponse(
                 request_id=request_id, error=status_of(error.within("request"))
@@ -190,18 +205,16 @@ class RoutingService:
             return pb.RouteStreamResponse(request_id=request_id, error=status_of(error))
         return pb.RouteStreamResponse(request_id=request_id, response=response)
 
-    async def _route(self, request: pb.RouteRequest, deadline: float | None) -> pb.RouteResponse:
+    async def _route(self, request: pb.RouteRequest, call: Call) -> pb.RouteResponse:
         prompt = convert.prompt(request, self._limits.max_prompt_bytes)
         policy = convert.policy(request.policy)
-        routed = await self._router.decide(prompt, policy, deadline=deadline)
-        return self._response(request, routed)
+        with self._live.using() as router:
+            routed = await router.decide(prompt, policy, call)
+        return self._response(request, routed, router, call)
 
-    def _response(self, request: pb.RouteRequest, routed: Routed) -> pb.RouteResponse:
-        version = self._router.manifest.version
+    def _response(
+        self, request: pb.RouteRequest, routed: Routed, router: Router, call: Call
+    ) -> pb.RouteResponse:
+        self._telemetry.routed(routed, call)
+        version = router.manifest.version
         return convert.route_response(request.request_id, routed, version, explain=request.explain)
-
-
-def _deadline(context: Context) -> float | None:
-    """The caller's deadline on the clock of `time.monotonic`; None if it set none."""
-    remaining = context.time_remaining()
-    return None if remaining is None else time.monotonic() + remaining

@@ -1,10 +1,8 @@
-"""The one table from errors to gRPC statuses, and the wrappers that apply it to handlers."""
+"""The one table from errors to gRPC statuses, and how a call is ended with one."""
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, Protocol
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -18,7 +16,6 @@ from bestroute.errors import (
     Overloaded,
     ProviderFailed,
 )
-from bestroute.wire import Malformed
 
 _log = logging.getLogger(__name__)
 
@@ -40,8 +37,6 @@ _CODES: dict[type[Exception], grpc.StatusCode] = {
 }
 _BY_NUMBER = {code.value[0]: code for code in grpc.StatusCode}
 
-RequestT = TypeVar("RequestT", bound=Message)
-ResponseT = TypeVar("ResponseT", bound=Message)
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -79,15 +74,25 @@ def _details(error: Exception) -> list[any_pb2.Any]:
     return [detail]
 
 
-async def _abort(context: Context, error: Exception) -> NoReturn:
+class Reported(Protocol):
+    """Where it is noted how a call ends."""
+
+    code: grpc.StatusCode | None
+
+
+async def abort(context: Context, error: Exception, report: Reported) -> NoReturn:
+    """End a call with the status of an error; its code is noted in the report."""
+    if isinstance(error, grpc.aio.AbortError):  # ended already
+        raise error
     status = status_of(error)
+    report.code = _BY_NUMBER[status.code]
     metadata: list[tuple[str, str | bytes]] = [
         ("grpc-status-details-bin", status.SerializeToString())
     ]
     if isinstance(error, Overloaded):
         metadata.append(("grpc-retry-pushback-ms", str(int(error.retry_after * 1000) + 1)))
     try:
-        await context.abort(_BY_NUMBER[status.code], status.message, tuple(metadata))
+        await context.abort(report.code, status.message, tuple(metadata))
     except grpc.aio.AbortError:
         raise
     except Exception as unsent:
@@ -95,39 +100,3 @@ async def _abort(context: Context, error: Exception) -> NoReturn:
             raise
         # Whoever has left needs no answer; grpcio would log each with a traceback.
         raise asyncio.CancelledError from unsent
-
-
-def unary(
-    handle: Callable[[RequestT, Context], Awaitable[ResponseT]],
-) -> Callable[[RequestT | Malformed[RequestT], Context], Awaitable[ResponseT]]:
-    """Let a handler of one request and one response raise our errors."""
-
-    async def call(request: RequestT | Malformed[RequestT], context: Context) -> ResponseT:
-        try:
-            if isinstance(request, Malformed):
-                raise request.error
-            return await handle(request, context)
-        except Exception as error:
-            await _abort(context, error)
-
-    return call
-
-
-def server_stream(
-    handle: Callable[[RequestT, Context], AsyncGenerator[ResponseT, None]],
-) -> Callable[[RequestT | Malformed[RequestT], Context], AsyncIterator[ResponseT]]:
-    """Let a handler of one request and a stream of responses raise our errors."""
-
-    async def call(
-        request: RequestT | Malformed[RequestT], context: Context
-    ) -> AsyncIterator[ResponseT]:
-        try:
-            if isinstance(request, Malformed):
-                raise request.error
-            async with aclosing(handle(request, context)) as responses:
-                async for response in responses:
-                    yield response
-        except Exception as error:
-            await _abort(context, error)
-
-    return call

@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 
 from bestroute.batching import Batcher
 from bestroute.bundle import Bundle
+from bestroute.call import ANYBODY, Call
 from bestroute.config import Settings
 from bestroute.engine import Cost, Engine, Row, preferred_precisions, settled
 from bestroute.manifest import Network
@@ -101,12 +102,12 @@ class TextModel:
         """Tokenize a prompt without running the network."""
         return await self._off_loop(lambda: self.tokenizer.prompt(text), len(text))
 
-    async def prompt(self, text: str, *, deadline: float | None = None) -> tuple[Reading, Timing]:
+    async def prompt(self, text: str, call: Call = ANYBODY) -> tuple[Reading, Timing]:
         """Read a prompt.
 
         Args:
             text: not empty.
-            deadline: `time.monotonic()` after which the caller no longer waits.
+            call: who asks, and until when.
 
         Raises:
             Overloaded: the queue is full.
@@ -115,19 +116,19 @@ class TextModel:
         start = time.monotonic()
         encoded = await self.encode(text)
         tokenize = time.monotonic() - start
-        done = await self._batcher.submit(encoded, deadline=deadline)
+        done = await self._batcher.submit(encoded, call)
         timing = Timing(tokenize, done.queued, done.ran, done.batch_size)
         return Reading(done.value, encoded.prompt_tokens, encoded.truncated), timing
 
     async def answers(
-        self, prompt: str, answers: Sequence[str], *, deadline: float | None = None
+        self, prompt: str, answers: Sequence[str], call: Call = ANYBODY
     ) -> tuple[list[Reading], Timing]:
         """Read each answer with its prompt; raises as `prompt` does."""
         start = time.monotonic()
         characters = len(prompt) + sum(map(len, answers))
         encoded = await self._off_loop(lambda: self.tokenizer.pairs(prompt, answers), characters)
         tokenize = time.monotonic() - start
-        done = await self._batcher.submit_all(encoded, deadline=deadline)
+        done = await self._batcher.submit_all(encoded, call)
         timing = Timing(
             tokenize,
             max(each.queued for each in done),

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import TextColumn
 from rich.table import Table
 
-from bestroute.providers import Sampling
+from bestroute.upstream.providers import Sampling
 from bestroute_export.gather import on_ray
 from bestroute_export.gather.collect import Collector, known_prices
 from bestroute_export.gather.collection import Collection

@@ -6,7 +6,9 @@ bestroute.v1: which LLM to ask, how many samples to draw, and which answer is be
 Conventions. Money is in US dollars (double). Durations are google.protobuf.Duration. Fractions
 are in [0, 1]: 0.01 is one per cent. A request that breaks the rules written beside a field is
 answered INVALID_ARGUMENT with a google.rpc.BadRequest that names the field. A full queue is
-RESOURCE_EXHAUSTED with google.rpc.RetryInfo; a server that warms up or shuts down is UNAVAILABLE.
+RESOURCE_EXHAUSTED with google.rpc.RetryInfo; a server that warms up, shuts down or whose engine
+hangs is UNAVAILABLE. Under load, calls are served by the metadata `bestroute-priority` (high,
+normal, low; unset: normal), and within a class each caller gets its share.
 """
 
 import builtins
@@ -328,6 +330,7 @@ class RouteResponse(google.protobuf.message.Message):
     TIMING_FIELD_NUMBER: builtins.int
     ARMS_FIELD_NUMBER: builtins.int
     QUALITY_PER_USD_FIELD_NUMBER: builtins.int
+    DECISION_ID_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """The request's id."""
     match_threshold: builtins.float
@@ -348,6 +351,8 @@ class RouteResponse(google.protobuf.message.Message):
     did not run, it is what would have been traded at; where the request's own arm has a gate that
     may escalate, it is the gate's rate.
     """
+    decision_id: builtins.str
+    """Names this decision in Feedback; empty where the server keeps no decision log."""
     @property
     def arm(self) -> Global___Arm:
         """What to run."""
@@ -378,10 +383,11 @@ class RouteResponse(google.protobuf.message.Message):
         timing: Global___Timing | None = ...,
         arms: collections.abc.Iterable[Global___Arm] | None = ...,
         quality_per_usd: builtins.float | None = ...,
+        decision_id: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_quality_per_usd", b"_quality_per_usd", "arm", b"arm", "quality_per_usd", b"quality_per_usd", "reference", b"reference", "timing", b"timing"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_quality_per_usd", b"_quality_per_usd", "arm", b"arm", "arms", b"arms", "bundle_version", b"bundle_version", "fallback_reason", b"fallback_reason", "match_threshold", b"match_threshold", "prompt_tokens", b"prompt_tokens", "quality_per_usd", b"quality_per_usd", "reference", b"reference", "request_id", b"request_id", "timing", b"timing", "truncated", b"truncated"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_quality_per_usd", b"_quality_per_usd", "arm", b"arm", "arms", b"arms", "bundle_version", b"bundle_version", "decision_id", b"decision_id", "fallback_reason", b"fallback_reason", "match_threshold", b"match_threshold", "prompt_tokens", b"prompt_tokens", "quality_per_usd", b"quality_per_usd", "reference", b"reference", "request_id", b"request_id", "timing", b"timing", "truncated", b"truncated"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__quality_per_usd: typing_extensions.TypeAlias = typing.Literal["quality_per_usd"]
     _WhichOneofArgType__quality_per_usd: typing_extensions.TypeAlias = typing.Literal["_quality_per_usd", b"_quality_per_usd"]
@@ -857,6 +863,8 @@ class GenerateResponse(google.protobuf.message.Message):
     DELTA_FIELD_NUMBER: builtins.int
     CANDIDATE_FIELD_NUMBER: builtins.int
     RESULT_FIELD_NUMBER: builtins.int
+    RETRY_FIELD_NUMBER: builtins.int
+    FALLBACK_FIELD_NUMBER: builtins.int
     @property
     def decision(self) -> Global___RouteResponse:
         """First: what was chosen."""
@@ -873,6 +881,14 @@ class GenerateResponse(google.protobuf.message.Message):
     def result(self) -> Global___Result:
         """Last: the best answer."""
 
+    @property
+    def retry(self) -> Global___Retry:
+        """An LLM's call failed and is repeated."""
+
+    @property
+    def fallback(self) -> Global___Fallback:
+        """An LLM gave no answer, and another is asked instead."""
+
     def __init__(
         self,
         *,
@@ -880,16 +896,135 @@ class GenerateResponse(google.protobuf.message.Message):
         delta: Global___Delta | None = ...,
         candidate: Global___Candidate | None = ...,
         result: Global___Result | None = ...,
+        retry: Global___Retry | None = ...,
+        fallback: Global___Fallback | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["candidate", b"candidate", "decision", b"decision", "delta", b"delta", "event", b"event", "result", b"result"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["candidate", b"candidate", "decision", b"decision", "delta", b"delta", "event", b"event", "fallback", b"fallback", "result", b"result", "retry", b"retry"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["candidate", b"candidate", "decision", b"decision", "delta", b"delta", "event", b"event", "result", b"result"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["candidate", b"candidate", "decision", b"decision", "delta", b"delta", "event", b"event", "fallback", b"fallback", "result", b"result", "retry", b"retry"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: typing_extensions.TypeAlias = typing.Literal["decision", "delta", "candidate", "result"]
+    _WhichOneofReturnType_event: typing_extensions.TypeAlias = typing.Literal["decision", "delta", "candidate", "result", "retry", "fallback"]
     _WhichOneofArgType_event: typing_extensions.TypeAlias = typing.Literal["event", b"event"]
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___GenerateResponse: typing_extensions.TypeAlias = GenerateResponse
+
+@typing.final
+class Retry(google.protobuf.message.Message):
+    """A call to an LLM failed before any text came, and will be made again."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CANDIDATES_FIELD_NUMBER: builtins.int
+    MODEL_FIELD_NUMBER: builtins.int
+    ATTEMPT_FIELD_NUMBER: builtins.int
+    DELAY_FIELD_NUMBER: builtins.int
+    CAUSE_FIELD_NUMBER: builtins.int
+    model: builtins.str
+    """The LLM."""
+    attempt: builtins.int
+    """Which attempt failed, from 1."""
+    @property
+    def candidates(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """The candidates that the call was to draw, from 0."""
+
+    @property
+    def delay(self) -> google.protobuf.duration_pb2.Duration:
+        """How long until the next."""
+
+    @property
+    def cause(self) -> google.rpc.status_pb2.Status:
+        """What went wrong, in the provider's words."""
+
+    def __init__(
+        self,
+        *,
+        candidates: collections.abc.Iterable[builtins.int] | None = ...,
+        model: builtins.str = ...,
+        attempt: builtins.int = ...,
+        delay: google.protobuf.duration_pb2.Duration | None = ...,
+        cause: google.rpc.status_pb2.Status | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["cause", b"cause", "delay", b"delay"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["attempt", b"attempt", "candidates", b"candidates", "cause", b"cause", "delay", b"delay", "model", b"model"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___Retry: typing_extensions.TypeAlias = Retry
+
+@typing.final
+class Fallback(google.protobuf.message.Message):
+    """No candidate of an LLM was complete, and another LLM is asked. Its candidates follow, numbered on."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    FAILED_MODEL_FIELD_NUMBER: builtins.int
+    MODEL_FIELD_NUMBER: builtins.int
+    SAMPLES_FIELD_NUMBER: builtins.int
+    CAUSE_FIELD_NUMBER: builtins.int
+    failed_model: builtins.str
+    """The LLM that gave no answer."""
+    model: builtins.str
+    """The one that is asked instead."""
+    samples: builtins.int
+    """How many samples are drawn from it."""
+    @property
+    def cause(self) -> google.rpc.status_pb2.Status:
+        """What went wrong."""
+
+    def __init__(
+        self,
+        *,
+        failed_model: builtins.str = ...,
+        model: builtins.str = ...,
+        samples: builtins.int = ...,
+        cause: google.rpc.status_pb2.Status | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["cause", b"cause"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["cause", b"cause", "failed_model", b"failed_model", "model", b"model", "samples", b"samples"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___Fallback: typing_extensions.TypeAlias = Fallback
+
+@typing.final
+class FeedbackRequest(google.protobuf.message.Message):
+    """How a decision turned out."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DECISION_ID_FIELD_NUMBER: builtins.int
+    QUALITY_FIELD_NUMBER: builtins.int
+    SOURCE_FIELD_NUMBER: builtins.int
+    decision_id: builtins.str
+    """The decision_id of the RouteResponse, or of the decision of a Generate."""
+    quality: builtins.float
+    """How good the answer that was used is, in [0, 1]."""
+    source: builtins.str
+    """Who or what judged: user, verifier, judge:NAME, ... Free text of at most 100 characters."""
+    def __init__(
+        self,
+        *,
+        decision_id: builtins.str = ...,
+        quality: builtins.float = ...,
+        source: builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["decision_id", b"decision_id", "quality", b"quality", "source", b"source"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___FeedbackRequest: typing_extensions.TypeAlias = FeedbackRequest
+
+@typing.final
+class FeedbackResponse(google.protobuf.message.Message):
+    """Nothing is said about feedback but that it was taken."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___FeedbackResponse: typing_extensions.TypeAlias = FeedbackResponse
 
 @typing.final
 class ListArmsRequest(google.protobuf.message.Message):

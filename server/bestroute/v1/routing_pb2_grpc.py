@@ -62,6 +62,11 @@ class RoutingServiceStub(object):
                 request_serializer=bestroute_dot_v1_dot_routing__pb2.ListArmsRequest.SerializeToString,
                 response_deserializer=bestroute_dot_v1_dot_routing__pb2.ListArmsResponse.FromString,
                 _registered_method=True)
+        self.Feedback = channel.unary_unary(
+                '/bestroute.v1.RoutingService/Feedback',
+                request_serializer=bestroute_dot_v1_dot_routing__pb2.FeedbackRequest.SerializeToString,
+                response_deserializer=bestroute_dot_v1_dot_routing__pb2.FeedbackResponse.FromString,
+                _registered_method=True)
 
 
 class RoutingServiceServicer(object):
@@ -95,8 +100,8 @@ class RoutingServiceServicer(object):
 
     def Generate(self, request, context):
         """Decides, draws the samples from the chosen LLM, scores each as it ends, returns the best.
-        Events: one decision, then deltas and candidates as they come, then one result. A caller that
-        leaves stops the upstream calls at once.
+        Events: one decision, then deltas and candidates as they come, then one result; in between,
+        what went wrong and what is done about it. A caller that leaves stops the upstream calls at once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -105,6 +110,14 @@ class RoutingServiceServicer(object):
     def ListArms(self, request, context):
         """Lists the pool, its prices, the arms and what thresholds, trade-offs and gates were measured to
         give.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Feedback(self, request, context):
+        """Tells how a decision turned out; for servers that keep a decision log. Joined to the decision
+        by its id; the last one for a decision counts.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -137,6 +150,11 @@ def add_RoutingServiceServicer_to_server(servicer, server):
                     servicer.ListArms,
                     request_deserializer=bestroute_dot_v1_dot_routing__pb2.ListArmsRequest.FromString,
                     response_serializer=bestroute_dot_v1_dot_routing__pb2.ListArmsResponse.SerializeToString,
+            ),
+            'Feedback': grpc.unary_unary_rpc_method_handler(
+                    servicer.Feedback,
+                    request_deserializer=bestroute_dot_v1_dot_routing__pb2.FeedbackRequest.FromString,
+                    response_serializer=bestroute_dot_v1_dot_routing__pb2.FeedbackResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -277,6 +295,33 @@ class RoutingService(object):
             '/bestroute.v1.RoutingService/ListArms',
             bestroute_dot_v1_dot_routing__pb2.ListArmsRequest.SerializeToString,
             bestroute_dot_v1_dot_routing__pb2.ListArmsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Feedback(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/bestroute.v1.RoutingService/Feedback',
+            bestroute_dot_v1_dot_routing__pb2.FeedbackRequest.SerializeToString,
+            bestroute_dot_v1_dot_routing__pb2.FeedbackResponse.FromString,
             options,
             channel_credentials,
             insecure,

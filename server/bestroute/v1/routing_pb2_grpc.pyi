@@ -6,7 +6,9 @@ bestroute.v1: which LLM to ask, how many samples to draw, and which answer is be
 Conventions. Money is in US dollars (double). Durations are google.protobuf.Duration. Fractions
 are in [0, 1]: 0.01 is one per cent. A request that breaks the rules written beside a field is
 answered INVALID_ARGUMENT with a google.rpc.BadRequest that names the field. A full queue is
-RESOURCE_EXHAUSTED with google.rpc.RetryInfo; a server that warms up or shuts down is UNAVAILABLE.
+RESOURCE_EXHAUSTED with google.rpc.RetryInfo; a server that warms up, shuts down or whose engine
+hangs is UNAVAILABLE. Under load, calls are served by the metadata `bestroute-priority` (high,
+normal, low; unset: normal), and within a class each caller gets its share.
 """
 
 import abc
@@ -47,12 +49,16 @@ class RoutingServiceStub:
     """Scores given answers to a prompt with the reward model. Safe to retry."""
     Generate: grpc.UnaryStreamMultiCallable[bestroute.v1.routing_pb2.GenerateRequest, bestroute.v1.routing_pb2.GenerateResponse]
     """Decides, draws the samples from the chosen LLM, scores each as it ends, returns the best.
-    Events: one decision, then deltas and candidates as they come, then one result. A caller that
-    leaves stops the upstream calls at once.
+    Events: one decision, then deltas and candidates as they come, then one result; in between,
+    what went wrong and what is done about it. A caller that leaves stops the upstream calls at once.
     """
     ListArms: grpc.UnaryUnaryMultiCallable[bestroute.v1.routing_pb2.ListArmsRequest, bestroute.v1.routing_pb2.ListArmsResponse]
     """Lists the pool, its prices, the arms and what thresholds, trade-offs and gates were measured to
     give.
+    """
+    Feedback: grpc.UnaryUnaryMultiCallable[bestroute.v1.routing_pb2.FeedbackRequest, bestroute.v1.routing_pb2.FeedbackResponse]
+    """Tells how a decision turned out; for servers that keep a decision log. Joined to the decision
+    by its id; the last one for a decision counts.
     """
 
 @typing.type_check_only
@@ -74,12 +80,16 @@ class RoutingServiceAsyncStub(RoutingServiceStub):
     """Scores given answers to a prompt with the reward model. Safe to retry."""
     Generate: grpc.aio.UnaryStreamMultiCallable[bestroute.v1.routing_pb2.GenerateRequest, bestroute.v1.routing_pb2.GenerateResponse]  # type: ignore[assignment]
     """Decides, draws the samples from the chosen LLM, scores each as it ends, returns the best.
-    Events: one decision, then deltas and candidates as they come, then one result. A caller that
-    leaves stops the upstream calls at once.
+    Events: one decision, then deltas and candidates as they come, then one result; in between,
+    what went wrong and what is done about it. A caller that leaves stops the upstream calls at once.
     """
     ListArms: grpc.aio.UnaryUnaryMultiCallable[bestroute.v1.routing_pb2.ListArmsRequest, bestroute.v1.routing_pb2.ListArmsResponse]  # type: ignore[assignment]
     """Lists the pool, its prices, the arms and what thresholds, trade-offs and gates were measured to
     give.
+    """
+    Feedback: grpc.aio.UnaryUnaryMultiCallable[bestroute.v1.routing_pb2.FeedbackRequest, bestroute.v1.routing_pb2.FeedbackResponse]  # type: ignore[assignment]
+    """Tells how a decision turned out; for servers that keep a decision log. Joined to the decision
+    by its id; the last one for a decision counts.
     """
 
 class RoutingServiceServicer(metaclass=abc.ABCMeta):
@@ -122,8 +132,8 @@ class RoutingServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[bestroute.v1.routing_pb2.GenerateResponse], collections.abc.AsyncIterator[bestroute.v1.routing_pb2.GenerateResponse]]:
         """Decides, draws the samples from the chosen LLM, scores each as it ends, returns the best.
-        Events: one decision, then deltas and candidates as they come, then one result. A caller that
-        leaves stops the upstream calls at once.
+        Events: one decision, then deltas and candidates as they come, then one result; in between,
+        what went wrong and what is done about it. A caller that leaves stops the upstream calls at once.
         """
 
     @abc.abstractmethod
@@ -134,6 +144,16 @@ class RoutingServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[bestroute.v1.routing_pb2.ListArmsResponse, collections.abc.Awaitable[bestroute.v1.routing_pb2.ListArmsResponse]]:
         """Lists the pool, its prices, the arms and what thresholds, trade-offs and gates were measured to
         give.
+        """
+
+    @abc.abstractmethod
+    def Feedback(
+        self,
+        request: bestroute.v1.routing_pb2.FeedbackRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[bestroute.v1.routing_pb2.FeedbackResponse, collections.abc.Awaitable[bestroute.v1.routing_pb2.FeedbackResponse]]:
+        """Tells how a decision turned out; for servers that keep a decision log. Joined to the decision
+        by its id; the last one for a decision counts.
         """
 
 def add_RoutingServiceServicer_to_server(servicer: RoutingServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -10,10 +10,10 @@ from typing import Any, Self
 import aiohttp
 import openai
 
-from bestroute.completion import Completion, Event
 from bestroute.config import ConfigInvalid, Provider, Settings
 from bestroute.errors import ProviderFailed
 from bestroute.prompt import Prompt
+from bestroute.upstream.completion import Completion, Event
 
 _FAILURES = (openai.OpenAIError, aiohttp.ClientError, OSError, ValueError)
 """What a call may fail with: the client maps most of aiohttp's errors to its own, but not all,

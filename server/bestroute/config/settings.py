@@ -1,0 +1,138 @@
+"""All settings together: how they are read, and what is said of their faults."""
+
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from bestroute.config.base import ConfigInvalid, Section, instead
+from bestroute.config.inference import Batching, Engine, Routing
+from bestroute.config.observability import Metrics, Tracing
+from bestroute.config.security import CallerLimits, Security
+from bestroute.config.server import Server
+from bestroute.config.traffic import DecisionLog
+from bestroute.config.upstream import Provider, ServedModel
+
+
+class Settings(Section):
+    """The whole configuration.
+
+    Attributes:
+        bundle: bundle directory; unset takes the embedded default.
+        log_level: of the server's log on stderr.
+        log_format: text, or json: one object per line, with trace ids.
+        callers: limits by the name a caller goes by; "default" holds for all others.
+        models: by the names of the bundle's pool; `Generate` runs only what is listed here.
+    """
+
+    bundle: Path | None = None
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_format: Literal["text", "json"] = "text"
+    server: Server = Server()
+    security: Security = Security()
+    callers: dict[str, CallerLimits] = Field(default_factory=dict)
+    engine: Engine = Engine()
+    batching: Batching = Batching()
+    routing: Routing = Routing()
+    metrics: Metrics = Metrics()
+    tracing: Tracing = Tracing()
+    decision_log: DecisionLog = DecisionLog()
+    providers: dict[str, Provider] = Field(default_factory=dict)
+    models: dict[str, ServedModel] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _providers_exist(self) -> Self:
+        for name, model in self.models.items():
+            if model.provider not in self.providers:
+                raise ValueError(
+                    f'models."{name}".provider: there is no provider "{model.provider}"'
+                    + instead(model.provider, self.providers)
+                )
+        return self
+
+    @classmethod
+    def load(cls, file: Path | None = None, flags: Mapping[str, Any] | None = None) -> Self:
+        """Merge flags over the environment over the file, key by key.
+
+        Args:
+            file: a TOML file; None reads none.
+            flags: nested like the file; wins over everything.
+
+        Raises:
+            ConfigInvalid: something is wrong; says what to write instead.
+        """
+        values = _read(file) if file else {}
+        for above in (_environment(), flags or {}):
+            values = _merged(values, above)
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            source = str(file) if file else "configuration"
+            raise ConfigInvalid("\n".join(f"{source}: {line}" for line in _faults(error))) from None
+
+
+def _environment() -> dict[str, Any]:
+    """The `BESTROUTE_*` variables that name a setting, nested like the file."""
+    values: dict[str, Any] = {}
+    for variable, value in os.environ.items():
+        path = variable.lower().removeprefix("bestroute_").split("__")
+        if variable.startswith("BESTROUTE_") and (path[0] in Settings.model_fields):
+            nested: Any = value
+            for key in reversed(path):
+                nested = {key: nested}
+            values = _merged(values, nested)
+    return values
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        merged[key] = _merged(old, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigInvalid(
+            f"{file} does not exist; start from examples/bestroute.toml, "
+            "or leave --config away to run with the defaults"
+        ) from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigInvalid(f"{file} is not a readable TOML file: {error}") from error
+
+
+def _faults(error: ValidationError) -> Iterator[str]:
+    for fault in error.errors():
+        path = [str(part) for part in fault["loc"]]
+        if fault["type"] == "extra_forbidden":
+            known = _keys_at(path[:-1])
+            yield f'"{".".join(path)}" is not a setting{instead(path[-1], known)}'
+        elif path:
+            yield f"{'.'.join(path)} = {fault['input']!r}: {fault['msg'].lower()}"
+        else:
+            yield fault["msg"].removeprefix("Value error, ")
+
+
+def _keys_at(path: list[str]) -> list[str]:
+    """The keys that the section at `path` knows; a step inside a table of names is any name."""
+    section: type[BaseModel] = Settings
+    steps = iter(path)
+    for step in steps:
+        annotation = section.model_fields[step].annotation
+        if arguments := get_args(annotation):
+            if isinstance(arguments[-1], type) and issubclass(arguments[-1], BaseModel):
+                next(steps, None)
+            annotation = next(
+                a for a in arguments if isinstance(a, type) and issubclass(a, BaseModel)
+            )
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        section = annotation
+    return list(section.model_fields)

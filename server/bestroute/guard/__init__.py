@@ -1,0 +1,4 @@
+"""Who may call, and how much.
+
+callers     who a call is from, and what its caller may have
+"""

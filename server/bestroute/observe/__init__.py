@@ -1,0 +1,4 @@
+"""What the service tells about itself.
+
+telemetry     the one place that handlers report to
+"""
