@@ -1,7 +1,10 @@
 """What holds for a request as a whole, whatever it leads to: who asks, until when, how urgently."""
 
+from collections.abc import Mapping
 from enum import IntEnum
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
+
+Attributes = Mapping[str, str | int | float | bool]
 
 
 class Priority(IntEnum):
@@ -12,6 +15,32 @@ class Priority(IntEnum):
     LOW = 2
 
 
+class Span(Protocol):
+    """A piece of work under way, as a trace shows it."""
+
+    def headers(self) -> Mapping[str, str]:
+        """What a request to another service carries, so that its spans belong to this one."""
+
+    def end(self, attributes: Attributes = {}, error: str | None = None) -> None:  # noqa: B006
+        """The work has ended; with an error, badly."""
+
+
+class Trace(Protocol):
+    """A request that is traced: what its work is told to."""
+
+    def start(self, name: str, attributes: Attributes = {}) -> Span:  # noqa: B006 - never written
+        """Begin a piece of work; it has to be ended."""
+
+    def record(
+        self,
+        name: str,
+        start: float,
+        end: float,
+        attributes: Attributes = {},  # noqa: B006 - never written
+    ) -> None:
+        """Tell of a piece of work that is over; times are `time.monotonic()`."""
+
+
 class Call(NamedTuple):
     """A request's circumstances.
 
@@ -20,14 +49,14 @@ class Call(NamedTuple):
         caller: who asks; requests of the same caller share its part of a full server.
         weight: that part, beside callers of weight 1.
         priority: how urgent it is.
-        trace: of a request that is traced, what its spans belong to; opaque.
+        trace: of a request that is traced; None: it isn't.
     """
 
     deadline: float | None = None
     caller: str = ""
     weight: float = 1.0
     priority: Priority = Priority.NORMAL
-    trace: object | None = None
+    trace: Trace | None = None
 
 
 ANYBODY = Call()

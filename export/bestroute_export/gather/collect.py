@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import inf
 
-from bestroute.upstream.completion import CANCELLED, Ended, Event, Usage
 from bestroute.config import ConfigInvalid, Settings, instead
 from bestroute.manifest import Model
 from bestroute.pricing import ModelPrice, cost, prices
 from bestroute.prompt import Prompt
+from bestroute.upstream.completion import CANCELLED, Ended, Event, Usage
 from bestroute.upstream.providers import Providers, Sampling
 from bestroute_export.gather.collection import STOPPED, Wanted
 from bestroute_export.gather.journal import Entry

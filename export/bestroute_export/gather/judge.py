@@ -5,9 +5,9 @@ import re
 from collections.abc import Sequence
 from math import inf
 
-from bestroute.upstream.completion import Ended, Event
 from bestroute.config import ConfigInvalid, Settings, instead
 from bestroute.prompt import Message, Prompt
+from bestroute.upstream.completion import Ended, Event
 from bestroute.upstream.providers import Providers, Sampling
 from bestroute_export.gather.graders import Grade
 from bestroute_export.gather.limits import Limits, Pace
