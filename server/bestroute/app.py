@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -20,11 +20,16 @@ from bestroute.process import (
     log_ready,
     log_to_stderr,
     new_event_loop,
+    on_hangup,
     spare_what_is_loaded,
 )
+from bestroute.reloading import reloading
+from bestroute.tasks import task_group
 
 _log = logging.getLogger(__name__)
 
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 HEALTH_NAMES = ("", "readiness", service.NAME)
 """Health names that follow readiness; `liveness` stays SERVING until the process ends."""
 
@@ -33,17 +38,27 @@ _REFUSING = 0.2
 in the instant of stopping as CANCELLED, which looks like a cancellation of the caller's own."""
 
 
+_LOOK = 0.1
+"""Seconds between two looks at whether the router can answer."""
+
+
 @dataclass(frozen=True, slots=True)
 class Running:
     """A server that answers.
 
     Attributes:
         address: host:port it really listens on.
-        bundle: name and version of what it serves.
+        live: the router that serves, which another may replace.
     """
 
     address: str
-    bundle: str
+    live: Live
+
+    @property
+    def bundle(self) -> str:
+        """Name and version of what it serves."""
+        manifest = self.live.router.manifest
+        return f"{manifest.name} {manifest.version}"
 
 
 @asynccontextmanager
@@ -80,19 +95,41 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
             (service.NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server
         )
         address = _bind(server, limits)
-        for name in ("liveness", *HEALTH_NAMES):
-            await healths.set(name, health_pb2.HealthCheckResponse.SERVING)
+        await healths.set("liveness", SERVING)
+        await _set_health(healths, SERVING)
         await server.start()
-        try:
-            manifest = live.router.manifest
-            yield Running(address, f"{manifest.name} {manifest.version}")
-        finally:
-            for name in HEALTH_NAMES:
-                await healths.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
-            await asyncio.sleep(limits.drain_delay)
-            routing.drain()
-            await asyncio.sleep(_REFUSING)
-            await server.stop(limits.drain_timeout)
+        async with task_group() as tasks:
+            following = tasks.create_task(_follow(live, healths))
+            try:
+                yield Running(address, live)
+            finally:
+                following.cancel()
+                await _set_health(healths, NOT_SERVING)
+                await asyncio.sleep(limits.drain_delay)
+                routing.drain()
+                await asyncio.sleep(_REFUSING)
+                await server.stop(limits.drain_timeout)
+
+
+async def _follow(live: Live, healths: health.aio.HealthServicer) -> None:
+    """Have health say whether requests can be answered, for as long as this runs."""
+    known: str | None = None
+    while True:
+        await asyncio.sleep(_LOOK)
+        fault = live.router.fault()
+        if fault == known:
+            continue
+        if fault is None:
+            _log.info("serving again")
+        else:
+            _log.error("not serving: %s", fault)
+        known = fault
+        await _set_health(healths, SERVING if fault is None else NOT_SERVING)
+
+
+async def _set_health(healths: health.aio.HealthServicer, status: int) -> None:
+    for name in HEALTH_NAMES:
+        await healths.set(name, status)
 
 
 def _pending_limits(most: int | None) -> list[tuple[str, int]]:
@@ -114,19 +151,25 @@ def _bind(server: grpc.aio.Server, limits: Server) -> str:
     return f"{host}:{port}"
 
 
-def run(settings: Settings) -> int:
-    """Serve until SIGTERM or SIGINT, drain, and return the exit code; a second signal exits now."""
+def run(load: Callable[[], Settings]) -> int:
+    """Serve until SIGTERM or SIGINT, drain, and return the exit code; a second signal exits now.
+
+    Args:
+        load: reads the settings, now and at each SIGHUP.
+    """
+    settings = load()
     log_to_stderr(settings.log_level)
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        runner.run(_serve_until_signal(settings))
+        runner.run(_serve_until_signal(settings, load))
     return 0
 
 
-async def _serve_until_signal(settings: Settings) -> None:
-    with first_signal() as stop:
+async def _serve_until_signal(settings: Settings, load: Callable[[], Settings]) -> None:
+    with first_signal() as stop, on_hangup() as hangup:
         async with serving(settings) as running:
             spare_what_is_loaded()
             log_ready(running.bundle, running.address)
-            await stop.wait()
+            async with reloading(running.live, settings, load, hangup):
+                await stop.wait()
             _log.info("draining; a second signal exits now")
     _log.info("stopped")

@@ -7,14 +7,21 @@ from contextlib import asynccontextmanager, contextmanager
 
 from bestroute.config import Settings
 from bestroute.router import Router, open_router
+from bestroute.tasks import task_group
 
 _log = logging.getLogger(__name__)
 
 
 class Live:
-    """Serves with one router at a time; while it is `serving`, another may take its place."""
+    """Serves with one router at a time; while it is `serving`, another may take its place.
+
+    Attributes:
+        replaced: how often another took the place.
+        failed: how often one should have, but could not be opened.
+    """
 
     def __init__(self) -> None:
+        self.replaced = self.failed = 0
         self._routers: asyncio.TaskGroup | None = None
         self._now: _Place | None = None
         self._replacing = asyncio.Lock()
@@ -48,18 +55,13 @@ class Live:
             BundleInvalid: the bundle can't be served.
             ConfigInvalid: the settings don't fit the bundle or the machine.
         """
-        try:
-            async with asyncio.TaskGroup() as self._routers:
-                self._now = await self._opened(settings)
-                try:
-                    yield
-                finally:
-                    last, self._now = self._now, None
-                    last.retire()
-        except BaseExceptionGroup as group:
-            if len(group.exceptions) > 1:
-                raise
-            raise group.exceptions[0] from None
+        async with task_group() as self._routers:
+            self._now = await self._opened(settings)
+            try:
+                yield
+            finally:
+                last, self._now = self._now, None
+                last.retire()
 
     async def replace(self, settings: Settings) -> None:
         """Open another router and let it take over; the former ends with its last request.
@@ -69,10 +71,16 @@ class Live:
             ConfigInvalid: the settings don't fit the bundle or the machine; the former goes on.
         """
         async with self._replacing:
-            place = await self._opened(settings)
+            try:
+                place = await self._opened(settings)
+            except Exception:
+                self.failed += 1
+                raise
             former, self._now = self._now, place
+            self.replaced += 1
             if former is not None:
                 former.retire()
+                await former.closed.wait()
 
     async def _opened(self, settings: Settings) -> "_Place":
         assert self._routers is not None
@@ -91,10 +99,12 @@ class _Place:
     Attributes:
         users: how many use it.
         left: set when it may be closed.
+        closed: set when it is.
     """
 
     def __init__(self, router: Router) -> None:
-        self.router, self.users, self.left = router, 0, asyncio.Event()
+        self.router, self.users = router, 0
+        self.left, self.closed = asyncio.Event(), asyncio.Event()
 
     def retire(self) -> None:
         """Close it as soon as nobody uses it."""
@@ -111,6 +121,7 @@ async def _hold(settings: Settings, opened: "asyncio.Future[_Place]") -> None:
             place = _Place(router)
             opened.set_result(place)
             await place.left.wait()
+        place.closed.set()
     except BaseException as error:
         if opened.done():
             raise

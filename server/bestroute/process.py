@@ -53,10 +53,24 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
 def spare_what_is_loaded() -> None:
     """Have the garbage collector never again look through what there is by now, for it stays.
 
-    That would hold up the event loop for tens of milliseconds.
+    That would hold up the event loop for tens of milliseconds. Call it again where what was spared
+    is no longer needed.
     """
+    gc.unfreeze()
     gc.collect()
     gc.freeze()
+
+
+@contextmanager
+def on_hangup() -> Iterator[asyncio.Event]:
+    """An event set by each SIGHUP; whoever has seen it clears it."""
+    loop = asyncio.get_running_loop()
+    hangup = asyncio.Event()
+    loop.add_signal_handler(signal.SIGHUP, hangup.set)
+    try:
+        yield hangup
+    finally:
+        loop.remove_signal_handler(signal.SIGHUP)
 
 
 @contextmanager

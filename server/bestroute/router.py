@@ -117,6 +117,10 @@ class Router:
             providers, self._rewards, prices, of.accept_reward, of.agreement_bonus
         )
 
+    def fault(self) -> str | None:
+        """Why requests can't be answered now; None if they can."""
+        return None
+
     async def decide(self, prompt: Prompt, policy: Policy, call: Call = ANYBODY) -> Routed:
         """Choose an arm for a prompt; no LLM is called.
 

@@ -7,6 +7,8 @@ import asyncio
 import json
 import logging
 import os
+import signal
+import socket
 import sys
 from contextlib import suppress
 
@@ -15,18 +17,19 @@ from bestroute.config import ConfigInvalid, Settings
 from bestroute.engine import cpus
 from bestroute.errors import BundleInvalid
 from bestroute.process import STOPPING, log_to_stderr, new_event_loop, spare_what_is_loaded
+from bestroute.reloading import reloading
+from bestroute.tasks import task_group
 
 _log = logging.getLogger("bestroute.worker")  # not __main__
+
+_LONGEST_LINE = 2**24
+"""Bytes that settings may have."""
 
 
 def main() -> int:
     """Serve until the parent lets go, and return the exit code."""
-    if not (line := sys.stdin.buffer.readline()):
-        return 1  # the parent is gone already
-    settings = Settings.model_validate_json(line)
-    log_to_stderr(settings.log_level, process=f"worker {sys.argv[1]}")
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        return runner.run(_serve(shared(settings)))
+        return runner.run(_serve())
 
 
 def shared(settings: Settings) -> Settings:
@@ -36,24 +39,40 @@ def shared(settings: Settings) -> Settings:
     return settings.model_copy(update={"engine": engine})
 
 
-async def _serve(settings: Settings) -> int:
-    loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
+async def _serve() -> int:
+    parent = socket.socket(fileno=os.dup(sys.stdin.fileno()))
+    # Held, since a writer that is let go of closes the socket.
+    reader, _writer = await asyncio.open_connection(sock=parent, limit=_LONGEST_LINE)
+    if not (line := await reader.readline()):
+        return 1  # the parent is gone already
+    settings = shared(Settings.model_validate_json(line))
+    log_to_stderr(settings.log_level, process=f"worker {sys.argv[1]}")
+    stop, changed = asyncio.Event(), asyncio.Event()
+    latest = settings
 
-    def let_go() -> None:
-        loop.remove_reader(sys.stdin)
+    async def listen() -> None:
+        nonlocal latest
+        with suppress(ConnectionError):
+            while line := await reader.readline():
+                latest = shared(Settings.model_validate_json(line))
+                changed.set()
         stop.set()
 
-    loop.add_reader(sys.stdin, let_go)
     for number in STOPPING:
         # However many come, the worker drains: an init system signals it beside its parent.
-        loop.add_signal_handler(number, stop.set)
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    # Of a terminal's, which is for the parent, too.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: None)
     try:
-        async with serving(settings) as running:
-            spare_what_is_loaded()
-            _report(serves=running.bundle)
-            await stop.wait()
-            _log.info("draining")
+        async with task_group() as tasks:
+            listening = tasks.create_task(listen())
+            async with serving(settings) as running:
+                spare_what_is_loaded()
+                _report(serves=running.bundle)
+                async with reloading(running.live, settings, lambda: latest, changed):
+                    await stop.wait()
+                _log.info("draining")
+            listening.cancel()
     except (ConfigInvalid, BundleInvalid) as error:
         _report(invalid=str(error))
         return 2

@@ -5,8 +5,9 @@ each; all listen at the same address by SO_REUSEPORT, and the kernel spreads con
 This process, their parent, keeps the port and serves nothing.
 
 A socket leads from here to the stdin of each worker, see `worker`. The parent sends the settings,
-the worker answers that it is ready, or why it never will be: one line of JSON each. When the parent
-lets go of its end, which it also does by dying, the worker drains.
+the worker answers that it is ready, or why it never will be: one line of JSON each. Settings sent
+later are to be served from then on. When the parent lets go of its end, which it also does by
+dying, the worker drains.
 """
 
 import asyncio
@@ -17,11 +18,11 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
 from bestroute.config import ConfigInvalid, Server, Settings
-from bestroute.process import first_signal, log_ready, log_to_stderr
+from bestroute.process import first_signal, log_ready, log_to_stderr, on_hangup
 
 _log = logging.getLogger(__name__)
 
@@ -29,20 +30,32 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
 _LONG_LIFE = 60.0
 
 
-def run(settings: Settings) -> int:
+def run(load: Callable[[], Settings]) -> int:
     """Serve with workers until SIGTERM or SIGINT, drain them, and return the exit code.
 
     A second signal kills them and exits now.
+
+    Args:
+        load: reads the settings, now and at each SIGHUP.
 
     Raises:
         ConfigInvalid: the address can't be had, or a worker says that settings or bundle are bad.
         OSError: a worker ended before all were ready.
     """
+    settings = load()
     log_to_stderr(settings.log_level)
     with reserved(settings.server) as address:
-        server = settings.server.model_copy(update={"listen": address})
-        asyncio.run(_supervise(settings.model_copy(update={"server": server})))
+
+        def load_again() -> Settings:
+            return _at(address, load())
+
+        asyncio.run(_supervise(_at(address, settings), load_again))
     return 0
+
+
+def _at(address: str, settings: Settings) -> Settings:
+    server = settings.server.model_copy(update={"listen": address})
+    return settings.model_copy(update={"server": server})
 
 
 @contextmanager
@@ -86,14 +99,14 @@ def _reserve(made: socket.socket, address: tuple[object, ...]) -> None:
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
 
 
-async def _supervise(settings: Settings) -> None:
+async def _supervise(settings: Settings, load: Callable[[], Settings]) -> None:
     workers = [_Worker(number + 1, settings) for number in range(settings.server.workers)]
 
     def kill() -> None:
         for worker in workers:
             worker.kill()
 
-    with first_signal(before_exit=kill) as stop:
+    with first_signal(before_exit=kill) as stop, on_hangup() as hangup:
         try:
             bundle, *_ = await asyncio.gather(*(worker.start() for worker in workers))
         except (ConfigInvalid, OSError):
@@ -104,11 +117,29 @@ async def _supervise(settings: Settings) -> None:
         async with asyncio.TaskGroup() as keeping:
             for worker in workers:
                 keeping.create_task(_keep(worker, stop))
+            reloading = keeping.create_task(_reload(workers, load, hangup))
             await stop.wait()
+            reloading.cancel()
             _log.info("draining; a second signal exits now")
             for worker in workers:
                 worker.drain()
     _log.info("stopped")
+
+
+async def _reload(
+    workers: Sequence["_Worker"], load: Callable[[], Settings], hangup: asyncio.Event
+) -> None:
+    """Give the workers the settings anew whenever that is asked for; each says how it went."""
+    while True:
+        await hangup.wait()
+        hangup.clear()
+        try:
+            settings = await asyncio.to_thread(load)
+        except ConfigInvalid as error:
+            _log.error("not reloaded, the former settings hold: %s", error)
+            continue
+        for worker in workers:
+            worker.reload(settings)
 
 
 async def _keep(worker: "_Worker", stop: asyncio.Event) -> None:
@@ -192,6 +223,12 @@ class _Worker:
         if "invalid" in said:
             raise ConfigInvalid(said["invalid"])
         return said["serves"]
+
+    def reload(self, settings: Settings) -> None:
+        """Have the process serve by other settings, and those that come after it, too."""
+        self._settings = settings.model_dump_json().encode()
+        if self._process:
+            self._writer.write(self._settings + b"\n")
 
     async def end(self) -> str:
         """Wait until the process has ended; says how it did."""

@@ -73,14 +73,17 @@ def run(args: argparse.Namespace) -> int:
     from bestroute.config import ConfigInvalid, Settings
 
     try:
-        settings = Settings.load(args.config, _flags(args))
-        if settings.server.workers > 1:
+
+        def load() -> Settings:
+            return Settings.load(args.config, _flags(args))
+
+        if load().server.workers > 1:
             from bestroute import workers
 
-            return workers.run(settings)
+            return workers.run(load)
         from bestroute import app
 
-        return app.run(settings)
+        return app.run(load)
     except (ConfigInvalid, BundleInvalid) as error:
         return complain(str(error), code=2)
 

@@ -4,7 +4,7 @@ import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -22,6 +22,9 @@ class Settings(Section):
 
     Attributes:
         bundle: bundle directory; unset takes the embedded default.
+        bundle_sha256: digest that the bundle's manifest.json must have, as `bestroute bundle show`
+            prints it; the manifest holds those of all other files.
+        watch_bundle: load the bundle anew whenever its files change, once they have come to rest.
         log_level: of the server's log on stderr.
         log_format: text, or json: one object per line, with trace ids.
         callers: limits by the name a caller goes by; "default" holds for all others.
@@ -29,6 +32,8 @@ class Settings(Section):
     """
 
     bundle: Path | None = None
+    bundle_sha256: Annotated[str | None, Field(pattern="^[0-9a-f]{64}$")] = None
+    watch_bundle: bool = False
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["text", "json"] = "text"
     server: Server = Server()
