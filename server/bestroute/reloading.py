@@ -12,6 +12,7 @@ from pathlib import Path
 
 from bestroute.bundle import DEFAULT_BUNDLE
 from bestroute.config import ConfigInvalid, Settings
+from bestroute.engine import return_freed_memory
 from bestroute.errors import BundleInvalid
 from bestroute.live import Live
 from bestroute.process import spare_what_is_loaded
@@ -75,6 +76,7 @@ async def _reload(
         _log.info("reloaded: serves bundle %s %s", manifest.name, manifest.version)
         # The former is still among what the garbage collector spares.
         spare_what_is_loaded()
+        return_freed_memory()
 
 
 def unchangeable(settings: Settings, wanted: Settings) -> list[str]:

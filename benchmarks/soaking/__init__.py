@@ -1,0 +1,1 @@
+"""What `benchmarks.soak` puts around a server: networks, LLMs and callers that misbehave."""
