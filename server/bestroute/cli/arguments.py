@@ -4,6 +4,7 @@ import argparse
 import sys
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -106,6 +107,30 @@ def add_connection(parser: argparse.ArgumentParser, *, timeout: float) -> None:
         type=seconds,
         default=timeout,
         help="how long it may take (default: %(default)g)",
+    )
+    _add_security(parser)
+
+
+def _add_security(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("security", "default: in the clear, and without a token")
+    group.add_argument(
+        "--tls", action="store_true", help="connect by TLS, trusting gRPC's own authorities"
+    )
+    group.add_argument(
+        "--tls-ca", metavar="FILE", type=Path, help="connect by TLS, trusting these authorities"
+    )
+    group.add_argument("--tls-cert", metavar="FILE", type=Path, help="show this certificate (mTLS)")
+    group.add_argument("--tls-key", metavar="FILE", type=Path, help="its private key")
+    group.add_argument(
+        "--tls-server-name",
+        metavar="NAME",
+        help="whom the server's certificate has to name (default: the host in --address)",
+    )
+    group.add_argument(
+        "--token-file",
+        metavar="FILE",
+        type=Path,
+        help="holds an API key or a JWT to send (default: what BESTROUTE_TOKEN holds)",
     )
 
 

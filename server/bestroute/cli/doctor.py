@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import grpc
 
 from bestroute.cli.arguments import add_connection, described
-from bestroute.cli.remote import advice
+from bestroute.cli.remote import Unusable, advice, client
 from bestroute.client import Client
 from bestroute.errors import BestrouteError
 
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     checks = _Checks(passed=not args.quiet and not args.json, failed=not args.json)
     try:
         asyncio.run(_examine(args, checks))
-    except (BestrouteError, grpc.aio.AioRpcError) as error:
+    except (BestrouteError, grpc.aio.AioRpcError, Unusable) as error:
         checks.fail(advice(error, args))
     well = all(check["passed"] for check in checks.made)
     if args.json:
@@ -95,8 +95,8 @@ def _providers() -> list[dict[str, str | None]]:
 
 
 async def _examine(args: argparse.Namespace, checks: _Checks) -> None:
-    async with Client(args.address, timeout=args.timeout) as client:
-        serving = {name: await _serves(client, name) for name in _HEALTH_NAMES}
+    async with client(args) as service:
+        serving = {name: await _serves(service, name) for name in _HEALTH_NAMES}
         checks.passed(f"{args.address} answers")
         if away := [name for name, serves in serving.items() if not serves]:
             checks.fail(
@@ -105,7 +105,7 @@ async def _examine(args: argparse.Namespace, checks: _Checks) -> None:
             )
         else:
             checks.passed(f"health: serving as {_quoted(_HEALTH_NAMES)}")
-        pool = await client.list_arms()
+        pool = await service.list_arms()
         found = f"{len(pool.arms)} arms of {len(pool.models)} models"
         checks.passed(f"bundle {pool.bundle_version}: {found}, reference {pool.reference_model}")
 

@@ -14,12 +14,14 @@ reached, is `grpc.aio.AioRpcError`, from both clients.
     requests    keyword arguments to request messages
     failures    status codes to errors; what to answer when the service is away
     channel     retries, reconnecting, keepalive
+    token       says with every call who calls
 """
 
 from bestroute.client.calls import Client
 from bestroute.client.requests import Conversation, GenerateOptions, PolicyOptions
 from bestroute.client.stream import RouteStream
 from bestroute.client.sync import SyncClient, SyncRouteStream
+from bestroute.client.token import Token
 
 __all__ = [
     "Client",
@@ -29,4 +31,5 @@ __all__ = [
     "RouteStream",
     "SyncClient",
     "SyncRouteStream",
+    "Token",
 ]

@@ -1,7 +1,7 @@
 """The asynchronous client: one method per rpc."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from typing import Self, TypeVar, Unpack
 
 import grpc
@@ -19,10 +19,13 @@ from bestroute.client.requests import (
     score_request,
 )
 from bestroute.client.stream import RouteStream
+from bestroute.client.token import Token
+from bestroute.client.trace import Outgoing
 from bestroute.errors import DeadlineExceeded
 from bestroute.v1 import routing_pb2 as pb
 from bestroute.v1.routing_pb2_grpc import RoutingServiceStub
 
+Request = TypeVar("Request", bound=Message)
 M = TypeVar("M", bound=Message)
 
 GENERATE_TIMEOUT = 120.0
@@ -47,6 +50,12 @@ class Client:
             FALLBACK_REASON_SERVICE_UNREACHABLE, if the service can't be reached, is overloaded or
             does not answer in time. None raises instead.
         credentials: for TLS; None connects in the clear.
+        server_name: whom the server's certificate has to name; None: the host in the address.
+        token: an API key or a JWT, or a function that gives one, which is called at every call.
+        token_in_the_clear: whether the token may leave this machine without TLS.
+
+    Raises:
+        ValueError: without TLS everybody on the way to the address could read the token.
     """
 
     def __init__(
@@ -56,11 +65,20 @@ class Client:
         timeout: float = 2.0,
         fallback_model: str | None = None,
         credentials: grpc.ChannelCredentials | None = None,
+        server_name: str | None = None,
+        token: Token | None = None,
+        token_in_the_clear: bool = False,
     ) -> None:
         self.address = address
         self._timeout = timeout
         self._fallback_model = fallback_model
-        self._channel = open_channel(address, credentials)
+        self._channel = open_channel(
+            address,
+            credentials,
+            server_name=server_name,
+            token=token,
+            token_in_the_clear=token_in_the_clear,
+        )
         self._stub = RoutingServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
 
@@ -97,7 +115,7 @@ class Client:
             grpc.aio.AioRpcError: UNAVAILABLE, if no fallback is set, or any other failure.
         """
         request = route_request(prompt, policy, explain=explain, request_id=request_id)
-        answer = _answer(self._stub.Route(request, timeout=self._timeout))
+        answer = self._ask("Route", self._stub.Route, request)
         return await or_fallback(answer, self._fallback_model, request_id)
 
     def stream(self) -> RouteStream:
@@ -116,7 +134,7 @@ class Client:
             grpc.aio.AioRpcError: any other failure.
         """
         request = score_request(prompt, responses, request_id=request_id)
-        return await _answer(self._stub.Score(request, timeout=self._timeout))
+        return await self._ask("Score", self._stub.Score, request)
 
     async def generate(
         self,
@@ -150,13 +168,30 @@ class Client:
         request = generate_request(
             prompt, options, model=model, samples=samples, request_id=request_id
         )
-        call = self._stub.Generate(request, timeout=timeout)
-        try:
-            with translated():
+        with translated(), Outgoing("Generate") as metadata:
+            call = self._stub.Generate(request, timeout=timeout, metadata=metadata)
+            try:
                 async for event in call:
                     yield decoded(event)
-        finally:
-            call.cancel()
+            finally:
+                call.cancel()
+
+    async def feedback(self, decision_id: str, quality: float, *, source: str = "") -> None:
+        """Tell how a decision turned out.
+
+        Args:
+            decision_id: of the decision's answer; empty ones are refused.
+            quality: of the answer that was used, in [0, 1].
+            source: who or what judged.
+
+        Raises:
+            InvalidRequest: the service refuses the request; names the field.
+            Overloaded: too much waits to be written.
+            DeadlineExceeded: no answer in time.
+            grpc.aio.AioRpcError: UNIMPLEMENTED, if it keeps no decision log, or any other failure.
+        """
+        request = pb.FeedbackRequest(decision_id=decision_id, quality=quality, source=source)
+        await self._ask("Feedback", self._stub.Feedback, request)
 
     async def list_arms(self) -> pb.ListArmsResponse:
         """The pool, its prices, the arms, and what thresholds were measured to give.
@@ -165,7 +200,7 @@ class Client:
             DeadlineExceeded: no answer in time.
             grpc.aio.AioRpcError: any other failure.
         """
-        return await _answer(self._stub.ListArms(pb.ListArmsRequest(), timeout=self._timeout))
+        return await self._ask("ListArms", self._stub.ListArms, pb.ListArmsRequest())
 
     async def check(self, service: str = "") -> bool:
         """Whether the service says of itself (or of one of its parts) that it is serving.
@@ -179,7 +214,8 @@ class Client:
                 (NOT_FOUND), or fails.
         """
         request = health_pb2.HealthCheckRequest(service=service)
-        answer = await _answer(self._health.Check(request, timeout=self._timeout))
+        with translated():
+            answer = decoded(await self._health.Check(request, timeout=self._timeout))
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     async def wait_ready(self, timeout: float = 30.0) -> None:  # noqa: ASYNC109 - as in SyncClient
@@ -199,6 +235,15 @@ class Client:
         except TimeoutError as error:
             raise DeadlineExceeded(f"{self.address} does not serve after {timeout} s") from error
 
+    async def _ask(
+        self,
+        method: str,
+        rpc: "grpc.aio.UnaryUnaryMultiCallable[Request, M]",
+        request: Request,
+    ) -> M:
+        with translated(), Outgoing(method) as metadata:
+            return decoded(await rpc(request, timeout=self._timeout, metadata=metadata))
+
     async def _serves(self) -> bool:
         try:
             return await self.check()
@@ -206,8 +251,3 @@ class Client:
             if not unreachable(error):
                 raise
             return False
-
-
-async def _answer(call: Awaitable[M]) -> M:
-    with translated():
-        return decoded(await call)

@@ -14,9 +14,12 @@ from bestroute.errors import (
     BestrouteError,
     BundleInvalid,
     DeadlineExceeded,
+    EngineStalled,
     InvalidRequest,
     Overloaded,
+    PermissionDenied,
     ProviderFailed,
+    SpendLimitReached,
 )
 from bestroute.v1 import routing_pb2 as pb
 
@@ -71,7 +74,7 @@ def unreachable(error: Exception) -> bool:
     if isinstance(error, grpc.aio.AioRpcError):
         # CANCELLED by the server, that is: it was stopping. A caller's own raises CancelledError.
         return error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
-    return isinstance(error, Overloaded | DeadlineExceeded)
+    return isinstance(error, Overloaded | DeadlineExceeded | EngineStalled)
 
 
 async def or_fallback(
@@ -119,10 +122,12 @@ def _meaning(status: status_pb2.Status, *, by_service: bool) -> BestrouteError |
                 first = bad.field_violations[0]
                 return InvalidRequest(first.field, first.description)
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
-            retry = error_details_pb2.RetryInfo()
-            known = _unpack(status, retry)
-            delay = retry.retry_delay.ToTimedelta().total_seconds() if known else _RETRY_AFTER
-            return Overloaded(status.message, delay)
+            info = error_details_pb2.ErrorInfo()
+            spent = _unpack(status, info) and info.reason == "SPEND_LIMIT"
+            kind = SpendLimitReached if spent else Overloaded
+            return kind(status.message, _retry_after(status))
+        case grpc.StatusCode.PERMISSION_DENIED if by_service:
+            return PermissionDenied(status.message)
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return DeadlineExceeded(status.message)
         case grpc.StatusCode.UNAVAILABLE:
@@ -130,9 +135,18 @@ def _meaning(status: status_pb2.Status, *, by_service: bool) -> BestrouteError |
             info = error_details_pb2.ErrorInfo()
             if _unpack(status, info) and info.reason == "PROVIDER_FAILED":
                 return ProviderFailed(status.message)
+            if info.reason == "ENGINE_STALLED":
+                return EngineStalled(status.message, _retry_after(status))
         case grpc.StatusCode.FAILED_PRECONDITION if by_service:
             return BundleInvalid(status.message)
     return None
+
+
+def _retry_after(status: status_pb2.Status) -> float:
+    retry = error_details_pb2.RetryInfo()
+    if not _unpack(status, retry):
+        return _RETRY_AFTER
+    return float(retry.retry_delay.ToTimedelta().total_seconds())
 
 
 def _unpack(status: status_pb2.Status, into: Message) -> bool:

@@ -9,6 +9,7 @@ import grpc
 
 from bestroute.client.failures import decoded, failure, or_fallback, translated
 from bestroute.client.requests import Conversation, PolicyOptions, route_request
+from bestroute.client.trace import Outgoing
 from bestroute.errors import DeadlineExceeded
 from bestroute.v1 import routing_pb2 as pb
 
@@ -101,7 +102,8 @@ class _Exchange:
     """
 
     def __init__(self, stub: "RoutingServiceAsyncStub") -> None:
-        self._call = stub.RouteStream()
+        self._span = Outgoing("RouteStream")
+        self._call = stub.RouteStream(metadata=self._span.metadata)
         self._unsent: asyncio.Queue[pb.RouteRequest] = asyncio.Queue()
         self._waiting: dict[str, asyncio.Future[pb.RouteResponse]] = {}
         self._sender = asyncio.create_task(self._send())
@@ -142,13 +144,15 @@ class _Exchange:
             grpc.StatusCode.UNAVAILABLE, details="the server ended the stream"
         )
         end = grpc.aio.AioRpcError(grpc.StatusCode.CANCELLED, details="the stream was closed")
+        failed: Exception | None = None
         try:
             async for reply in self._call:
                 self._settle(decoded(reply))
             end = ended
         except grpc.aio.AioRpcError as error:
-            end = ended if error.details() == _LATE_WRITE else error
+            end = failed = ended if error.details() == _LATE_WRITE else error
         finally:
+            self._span.end(failed)
             self._sender.cancel()
             self._call.cancel()
             for answer in self._waiting.values():

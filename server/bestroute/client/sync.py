@@ -14,6 +14,7 @@ import grpc
 from bestroute.client.calls import GENERATE_TIMEOUT, Client
 from bestroute.client.requests import Conversation, GenerateOptions, PolicyOptions
 from bestroute.client.stream import RouteStream
+from bestroute.client.token import Token
 from bestroute.v1 import routing_pb2 as pb
 
 T = TypeVar("T")
@@ -32,15 +33,28 @@ class SyncClient:
         timeout: float = 2.0,
         fallback_model: str | None = None,
         credentials: grpc.ChannelCredentials | None = None,
+        server_name: str | None = None,
+        token: Token | None = None,
+        token_in_the_clear: bool = False,
     ) -> None:
         self._loop = _LoopThread()
 
         async def connected() -> Client:
             return Client(
-                address, timeout=timeout, fallback_model=fallback_model, credentials=credentials
+                address,
+                timeout=timeout,
+                fallback_model=fallback_model,
+                credentials=credentials,
+                server_name=server_name,
+                token=token,
+                token_in_the_clear=token_in_the_clear,
             )
 
-        self._client = self._loop.run(connected())
+        try:
+            self._client = self._loop.run(connected())
+        except BaseException:
+            self._loop.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -104,6 +118,10 @@ class SyncClient:
                 yield event
         finally:
             self._loop.run(events.aclose())
+
+    def feedback(self, decision_id: str, quality: float, *, source: str = "") -> None:
+        """Tell how a decision turned out; see `Client.feedback`."""
+        self._loop.run(self._client.feedback(decision_id, quality, source=source))
 
     def list_arms(self) -> pb.ListArmsResponse:
         """The pool, its prices and its arms; see `Client.list_arms`."""

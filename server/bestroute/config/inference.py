@@ -48,7 +48,10 @@ class Routing(Section):
         fail_open: answer with the reference if the router model fails; otherwise INTERNAL.
         cache_entries: prompts whose predictions are remembered, the ones asked for last; 0: none.
             Prompts are kept as digests. Targets, limits and prices are applied anew to each call.
+        fallbacks: models that Generate asks, one after the other and once each, where none of an
+            arm's samples is complete; the reference comes last, named or not.
     """
 
     fail_open: bool = True
     cache_entries: Annotated[int, Field(ge=0)] = 8192
+    fallbacks: tuple[str, ...] = ()

@@ -1,6 +1,6 @@
 """The gRPC server's own settings."""
 
-from bestroute.config.base import Count, Delay, Section
+from bestroute.config.base import Count, Delay, Seconds, Section
 
 
 class Server(Section):
@@ -11,8 +11,16 @@ class Server(Section):
         workers: processes that serve there, each with an event loop, networks and memory of its
             own; other limits hold for each. The kernel spreads connections over them, not calls.
         max_prompt_bytes: largest prompt (or conversation) taken, in bytes of UTF-8.
-        max_responses: most answers that one Score takes.
+        max_responses: most answers that one Score takes, and that one Generate may ask for itself.
         max_message_bytes: largest message read off the wire; beyond it gRPC itself refuses.
+        max_metadata_bytes: largest metadata of a call, a JWT included; gRPC itself refuses more.
+        max_connections: connections at once, further ones are closed; unset: as many as the process
+            may have open files.
+        max_connection_idle: seconds without a call after which a connection is closed; unset: none
+            is.
+        max_connection_age: seconds after which a connection is closed, so that clients spread over
+            servers that are new, and show their certificates again; its calls get drain_timeout
+            seconds to finish, and clients open another meanwhile. Unset: none is.
         max_pending: calls that may wait for the event loop to take them; beyond it gRPC ends calls
             at once, as CANCELLED. Unset, they wait until their deadlines. Set it where callers have
             deadlines and the event loop can be overloaded rather than the network, as with the
@@ -30,6 +38,10 @@ class Server(Section):
     max_prompt_bytes: Count = 128 * 1024
     max_responses: Count = 64
     max_message_bytes: Count = 16 * 1024 * 1024
+    max_metadata_bytes: Count = 16 * 1024
+    max_connections: Count | None = None
+    max_connection_idle: Seconds | None = None
+    max_connection_age: Seconds | None = None
     max_pending: Count | None = None
     max_streams: Count = 256
     stream_window: Count = 256

@@ -27,6 +27,7 @@ class Settings(Section):
         watch_bundle: load the bundle anew whenever its files change, once they have come to rest.
         log_level: of the server's log on stderr.
         log_format: text, or json: one object per line, with trace ids.
+        access_log: log every RPC when it has ended: method, code, time and caller.
         callers: limits by the name a caller goes by; "default" holds for all others.
         models: by the names of the bundle's pool; `Generate` runs only what is listed here.
     """
@@ -36,6 +37,7 @@ class Settings(Section):
     watch_bundle: bool = False
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["text", "json"] = "text"
+    access_log: bool = False
     server: Server = Server()
     security: Security = Security()
     callers: dict[str, CallerLimits] = Field(default_factory=dict)
@@ -120,9 +122,15 @@ def _faults(error: ValidationError) -> Iterator[str]:
             known = _keys_at(path[:-1])
             yield f'"{".".join(path)}" is not a setting{instead(path[-1], known)}'
         elif path:
-            yield f"{'.'.join(path)} = {fault['input']!r}: {fault['msg'].lower()}"
+            given = "" if _may_hold_a_secret(path[-1], fault["input"]) else f" = {fault['input']!r}"
+            yield f"{'.'.join(path)}{given}: {fault['msg'].lower()}"
         else:
             yield fault["msg"].removeprefix("Value error, ")
+
+
+def _may_hold_a_secret(key: str, given: object) -> bool:
+    """Whether a value is better not repeated: it may hold one by design, or by mistake."""
+    return isinstance(given, Mapping) or key.endswith(("_url", "_env", "_file", "endpoint"))
 
 
 def _keys_at(path: list[str]) -> list[str]:

@@ -7,37 +7,64 @@ from typing import Any
 import grpc
 
 from bestroute.call import Call, Priority
-from bestroute.config import CallerLimits
-from bestroute.errors import InvalidRequest
+from bestroute.config import CallerLimits, Security
+from bestroute.errors import InvalidRequest, PermissionDenied
+from bestroute.guard.allowance import Allowances, Bill
+from bestroute.guard.authentication import authenticated
 
 PRIORITY = "bestroute-priority"
 """Metadata by which a caller says how urgent a call is: high, normal or low."""
 
 _UNLIMITED = CallerLimits()
+_ANYBODY = Security()
+_LONGEST_NAME = 256
 
 
 class Callers:
     """Knows the callers.
 
     Args:
-        limits: by a caller's name; "default" holds for all others.
+        limits: by a caller's name; "default" holds for each of all others.
+        security: how callers are known.
     """
 
-    def __init__(self, limits: Mapping[str, CallerLimits]) -> None:
+    def __init__(self, limits: Mapping[str, CallerLimits], security: Security = _ANYBODY) -> None:
         self._limits = limits
         self._default = limits.get("default", _UNLIMITED)
+        self._certified = security.client_ca is not None
+        self._metadata = security.caller_metadata
+        self._allowances = Allowances(limits)
 
     def identify(self, context: grpc.aio.ServicerContext[Any, Any]) -> Call:
         """The circumstances of a call.
 
+        Its caller goes by the first of these that there is: the name in its API key or JWT, that in
+        its certificate, that in `security.caller_metadata`, and the address it connects from.
+
         Raises:
             InvalidRequest: its metadata is wrong.
+            PermissionDenied: it is more urgent than its caller's may be.
         """
         remaining = context.time_remaining()
         deadline = None if remaining is None else time.monotonic() + remaining
-        caller = context.peer()
-        weight = self._limits.get(caller, self._default).weight
-        return Call(deadline, caller, weight, _priority(context.invocation_metadata()))
+        metadata = context.invocation_metadata() or ()
+        caller = authenticated.get()
+        if caller is None and self._certified:
+            caller = certified(context.auth_context())
+        if caller is None and self._metadata is not None:
+            caller = self._said(metadata)
+        if caller is None:
+            caller = context.peer()
+        limits = self._limits.get(caller, self._default)
+        most = limits.most_urgent
+        if (priority := _priority(metadata)) is None:
+            priority = max(most, Priority.NORMAL)  # the larger, the less urgent
+        elif priority < most:
+            raise PermissionDenied(
+                f"this caller may send {PRIORITY} {limits.max_priority} at most, "
+                f"not {priority.name.lower()}"
+            )
+        return Call(deadline, caller, limits.weight, priority)
 
     def admit(self, call: Call) -> None:
         """Count a request.
@@ -45,10 +72,36 @@ class Callers:
         Raises:
             Overloaded: its caller has had all it may have for now.
         """
+        self._allowances.request(call.caller)
+
+    def bill(self, call: Call) -> Bill:
+        """What a Generate is charged to; enter it for as long as that is under way."""
+        return self._allowances.bill(call.caller)
+
+    def _said(self, metadata: Any) -> str | None:
+        for key, value in metadata:
+            if key == self._metadata:
+                if not 0 < len(value) <= _LONGEST_NAME:
+                    raise InvalidRequest(
+                        f"metadata {key}", f"must be 1 to {_LONGEST_NAME} characters"
+                    )
+                return str(value)
+        return None
 
 
-def _priority(metadata: Any) -> Priority:
-    for key, value in metadata or ():
+def certified(found: Mapping[str, Any]) -> str | None:
+    """The name in a client's certificate, as gRPC gives its properties: lists of bytes.
+
+    A SPIFFE id; else the first of the subject's alternative names; else its common name.
+    """
+    for key in ("peer_spiffe_id", "x509_subject_alternative_name", "x509_common_name"):
+        for name in found.get(key, ()):
+            return str(name.decode(errors="replace"))
+    return None
+
+
+def _priority(metadata: Any) -> Priority | None:
+    for key, value in metadata:
         if key == PRIORITY:
             try:
                 return Priority[value.upper()]
@@ -56,4 +109,4 @@ def _priority(metadata: Any) -> Priority:
                 raise InvalidRequest(
                     f"metadata {PRIORITY}", f'must be high, normal or low, got "{value}"'
                 ) from None
-    return Priority.NORMAL
+    return None
