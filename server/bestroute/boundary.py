@@ -111,19 +111,22 @@ class _Report:
     Attributes:
         call: whose it is, once that is known.
         code: how it ends, if it isn't well or by its caller's leaving.
+        error: why, likewise.
     """
 
-    __slots__ = ("_begun", "_method", "_telemetry", "call", "code")
+    __slots__ = ("_begun", "_method", "_telemetry", "call", "code", "error")
 
     def __init__(self, telemetry: Telemetry, method: str) -> None:
         self._telemetry, self._method = telemetry, method
         self._begun = time.monotonic()
         self.call: Call | None = None
         self.code: grpc.StatusCode | None = None
+        self.error: Exception | None = None
 
     def __enter__(self) -> "_Report":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         code = self.code or (grpc.StatusCode.OK if kind is None else grpc.StatusCode.CANCELLED)
-        self._telemetry.ended(self._method, self.call, code, time.monotonic() - self._begun)
+        seconds = time.monotonic() - self._begun
+        self._telemetry.ended(self._method, self.call, code, seconds, self.error)

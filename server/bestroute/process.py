@@ -1,11 +1,10 @@
-"""What a process has around the service: a log, an event loop, and signals that end it."""
+"""What a process has around the service: an event loop, and signals that end it."""
 
 import asyncio
 import gc
 import logging
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -16,21 +15,6 @@ _log = logging.getLogger(__name__)
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
-def log_to_stderr(level: str, *, process: str = "") -> None:
-    """Log to stderr.
-
-    Args:
-        level: DEBUG, INFO, WARNING or ERROR.
-        process: which process that is, where there are several; said in every line.
-    """
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=level,
-        format=f"%(asctime)s %(levelname)s {process}{' ' if process else ''}%(name)s: %(message)s",
-    )
-    logging.getLogger("httpx2").setLevel(logging.WARNING)  # one line per upstream call otherwise
-
-
 def log_ready(bundle: str, address: str) -> None:
     """Log that callers are served: the line that whoever starts a server waits for.
 
@@ -38,7 +22,9 @@ def log_ready(bundle: str, address: str) -> None:
         bundle: its name and version.
         address: host:port.
     """
-    _log.info("bestroute %s serves bundle %s on %s", __version__, bundle, address)
+    fields = {"version": __version__, "bundle": bundle, "address": address}
+    said = "bestroute %(version)s serves bundle %(bundle)s on %(address)s"
+    _log.info(said, fields, extra={"fields": fields})
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:

@@ -12,9 +12,13 @@ from google.rpc import error_details_pb2, status_pb2
 from bestroute.errors import (
     BundleInvalid,
     DeadlineExceeded,
+    EngineStalled,
     InvalidRequest,
+    NotEnabled,
     Overloaded,
+    PermissionDenied,
     ProviderFailed,
+    SpendLimitReached,
 )
 
 _log = logging.getLogger(__name__)
@@ -30,11 +34,18 @@ class Draining(Exception):
 _CODES: dict[type[Exception], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    SpendLimitReached: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
+    EngineStalled: grpc.StatusCode.UNAVAILABLE,
     DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     ProviderFailed: grpc.StatusCode.UNAVAILABLE,
     BundleInvalid: grpc.StatusCode.FAILED_PRECONDITION,
+    NotEnabled: grpc.StatusCode.UNIMPLEMENTED,
     Draining: grpc.StatusCode.UNAVAILABLE,
 }
+_MOST_BYTES = 1000
+"""Of a message. It travels in headers, twice and in longer encodings; a client reads 8 KiB of them,
+and takes a call with more for failed in another way."""
 _BY_NUMBER = {code.value[0]: code for code in grpc.StatusCode}
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -49,48 +60,70 @@ def status_of(error: Exception) -> status_pb2.Status:
             code=grpc.StatusCode.INTERNAL.value[0],
             message="internal error; the server's log has the reason",
         )
-    return status_pb2.Status(code=code.value[0], message=str(error), details=_details(error))
+    return status_pb2.Status(code=code.value[0], message=_cut(str(error)), details=_details(error))
+
+
+def _cut(text: str) -> str:
+    data = text.encode(errors="replace")
+    return text if len(data) <= _MOST_BYTES else data[:_MOST_BYTES].decode(errors="ignore") + "…"
+
+
+def code_of(status: status_pb2.Status) -> grpc.StatusCode:
+    """The code of a status as gRPC names it."""
+    return _BY_NUMBER[status.code]
 
 
 def _details(error: Exception) -> list[any_pb2.Any]:
-    message: Message
+    messages: list[Message]
     match error:
         case InvalidRequest():
             violation = error_details_pb2.BadRequest.FieldViolation(
-                field=error.field, description=error.description
+                field=error.field, description=_cut(error.description)
             )
-            message = error_details_pb2.BadRequest(field_violations=[violation])
+            messages = [error_details_pb2.BadRequest(field_violations=[violation])]
+        case SpendLimitReached():
+            spent = error_details_pb2.ErrorInfo(reason="SPEND_LIMIT", domain="bestroute")
+            messages = [spent, _retry_info(error.retry_after)]
         case Overloaded():
-            delay = duration_pb2.Duration()
-            delay.FromNanoseconds(int(error.retry_after * 1e9))
-            message = error_details_pb2.RetryInfo(retry_delay=delay)
+            messages = [_retry_info(error.retry_after)]
+        case EngineStalled():
+            stalled = error_details_pb2.ErrorInfo(reason="ENGINE_STALLED", domain="bestroute")
+            messages = [stalled, _retry_info(error.retry_after)]
         case ProviderFailed():
             # Tells an LLM's failure from this server's absence, which has the same code.
-            message = error_details_pb2.ErrorInfo(reason="PROVIDER_FAILED", domain="bestroute")
+            messages = [error_details_pb2.ErrorInfo(reason="PROVIDER_FAILED", domain="bestroute")]
         case _:
             return []
-    detail = any_pb2.Any()
-    detail.Pack(message)
-    return [detail]
+    details = [any_pb2.Any() for _ in messages]
+    for detail, message in zip(details, messages, strict=True):
+        detail.Pack(message)
+    return details
+
+
+def _retry_info(seconds: float) -> error_details_pb2.RetryInfo:
+    delay = duration_pb2.Duration()
+    delay.FromNanoseconds(int(seconds * 1e9))
+    return error_details_pb2.RetryInfo(retry_delay=delay)
 
 
 class Reported(Protocol):
     """Where it is noted how a call ends."""
 
     code: grpc.StatusCode | None
+    error: Exception | None
 
 
 async def abort(context: Context, error: Exception, report: Reported) -> NoReturn:
-    """End a call with the status of an error; its code is noted in the report."""
+    """End a call with the status of an error, which is noted in the report with its code."""
     if isinstance(error, grpc.aio.AbortError):  # ended already
         raise error
     status = status_of(error)
-    report.code = _BY_NUMBER[status.code]
+    report.code, report.error = code_of(status), error
     metadata: list[tuple[str, str | bytes]] = [
         ("grpc-status-details-bin", status.SerializeToString())
     ]
     if isinstance(error, Overloaded):
-        metadata.append(("grpc-retry-pushback-ms", str(int(error.retry_after * 1000) + 1)))
+        metadata.append(("grpc-retry-pushback-ms", _pushback(error, context.time_remaining())))
     try:
         await context.abort(report.code, status.message, tuple(metadata))
     except grpc.aio.AbortError:
@@ -100,3 +133,15 @@ async def abort(context: Context, error: Exception, report: Reported) -> NoRetur
             raise
         # Whoever has left needs no answer; grpcio would log each with a traceback.
         raise asyncio.CancelledError from unsent
+
+
+def _pushback(error: Overloaded, remaining: float | None) -> str:
+    """Milliseconds after which gRPC is to repeat the call itself; -1: not at all.
+
+    Waiting for longer than its deadline allows, the caller would never hear of the reason.
+    """
+    if isinstance(error, SpendLimitReached) or (
+        remaining is not None and error.retry_after >= remaining
+    ):
+        return "-1"
+    return str(int(error.retry_after * 1000) + 1)
