@@ -36,6 +36,7 @@ from bestroute_export.graph import GraphUnsupported
 from bestroute_export.importing import import_reward
 from bestroute_export.pipeline import QUALITY_DROP, Pipeline
 from bestroute_export.recipe import ENCODER_ROUTER, Recipe, installed_backbone
+from bestroute_export.traffic_command import add_import_log
 from bestroute_export.triton import write_repository
 from bestroute_export.validate.check import check_file
 from bestroute_export.validate.view import show
@@ -193,6 +194,7 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(required=True, metavar="COMMAND")
     add_collect(commands)
     add_label(commands)
+    add_import_log(commands)
     add_evaluate(commands)
     for name, (step, text) in STEPS.items():
         command = commands.add_parser(name, help=text, description=step.__doc__)

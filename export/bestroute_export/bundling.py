@@ -12,6 +12,7 @@ import torch
 from bestroute.manifest import File, Golden, GoldenReward, GoldenRoute, Manifest, Network, Precision
 from bestroute.manifest import RewardNetwork as RewardEntry
 from bestroute_export.batches import Indices, predict
+from bestroute_export.distribution import training
 from bestroute_export.evaluate import Interval, routed
 from bestroute_export.files import write_files
 from bestroute_export.labels import Floats
@@ -111,6 +112,7 @@ def write_bundle(
         curve=pipeline.curve,
         trade_offs=pipeline.trade_offs,
         gates=pipeline.gates,
+        training=training(pipeline.fold_outputs[:, : len(pipeline.pool.arms)], pipeline.outcomes),
         metrics=flat(evaluation(pipeline, router, reward)),
         provenance={**sources, **provenance(pipeline)},
         golden=golden(pipeline, router, reward),

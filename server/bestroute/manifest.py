@@ -13,16 +13,16 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 MANIFEST = "manifest.json"
 
 Probability = Annotated[float, Field(ge=0, le=1)]
-Usd = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Usd = Annotated[float, Field(ge=0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Gain = Annotated[float, Field(ge=-1, le=1)]
-Tokens = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Tokens = Annotated[float, Field(gt=0)]
 Name = Annotated[str, Field(min_length=1)]
 Precision = Literal["fp32", "fp16", "int8"]
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class File(_Frozen):
@@ -50,7 +50,7 @@ class Arm(_Frozen):
     """One choice of the router: draw `samples` answers from `model` and keep the best."""
 
     model: Name
-    samples: Annotated[int, Field(ge=1)]
+    samples: Annotated[int, Field(ge=1, le=1024)]
 
 
 class Network(_Frozen):
@@ -60,7 +60,7 @@ class Network(_Frozen):
     """
 
     files: Annotated[dict[Precision, File], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=8)]
+    max_tokens: Annotated[int, Field(ge=8, le=2**20)]
 
 
 class RewardNetwork(Network):
@@ -77,7 +77,7 @@ class RewardNetwork(Network):
             reference's, so asking the reference pays.
     """
 
-    agreement_bonus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    agreement_bonus: Annotated[float, Field(ge=0)] = 0.0
     accept_reward: Finite | None = None
     escalate_reward: Finite | None = None
 
@@ -182,6 +182,68 @@ class Gate(_Frozen):
     trade_offs: TradeOffs
 
 
+class Histogram(_Frozen):
+    """How a number was distributed.
+
+    Attributes:
+        edges: K - 1 rising values between bins; a value on one is in the bin above.
+        shares: of the K bins, with sum 1.
+    """
+
+    edges: list[Finite]
+    shares: Annotated[list[Probability], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        _check_bins(self.edges, self.shares)
+        if abs(sum(self.shares) - 1) > 1e-6:
+            raise ValueError("the shares of the bins must sum to 1")
+        return self
+
+
+class MeanByBin(_Frozen):
+    """What a prediction was worth: the mean of something in each bin of the prediction.
+
+    Attributes:
+        edges: K - 1 rising values between bins; a value on one is in the bin above.
+        means: of the K bins.
+    """
+
+    edges: list[Finite]
+    means: Annotated[list[Gain], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        _check_bins(self.edges, self.means)
+        return self
+
+
+def _check_bins(edges: list[float], values: list[float]) -> None:
+    if edges != sorted(set(edges)) or len(values) != len(edges) + 1:
+        raise ValueError("edges must rise, and there must be one bin more than edges")
+
+
+class Training(_Frozen):
+    """What the training data were like, for traffic to be compared with.
+
+    Predictions are those of routers that were not fitted to the prompt. The quality to expect of an
+    arm's answer is that of the reference's plus the arm's gain.
+
+    Attributes:
+        prompts: how many there were.
+        prompt_tokens: of their lengths by the router's tokenizer.
+        match_probability: of a prompt's mean over all arms.
+        reference_quality: of the reference's answers, by that same mean.
+        arm_gain: of all arms by their match probabilities; for routers that predict no gains.
+    """
+
+    prompts: Annotated[int, Field(ge=1)]
+    prompt_tokens: Histogram
+    match_probability: Histogram
+    reference_quality: MeanByBin
+    arm_gain: MeanByBin
+
+
 class GoldenRoute(_Frozen):
     """A prompt and what the router must give for it.
 
@@ -237,6 +299,7 @@ class Manifest(_Frozen):
         trade_offs: set where the router predicts gains and lengths too. Targets then stand for
             exchange rates; only a threshold that a request sets itself is still one.
         gates: at most one per arm.
+        training: None in a bundle of an exporter that didn't tell.
         metrics: figures measured when the bundle was made, by name.
         provenance: where it came from, by topic.
     """
@@ -254,6 +317,7 @@ class Manifest(_Frozen):
     curve: Annotated[list[CurvePoint], Field(min_length=1)]
     trade_offs: TradeOffs | None = None
     gates: list[Gate] = []
+    training: Training | None = None
     metrics: dict[str, Finite]
     provenance: dict[str, str]
     golden: Golden

@@ -10,8 +10,9 @@ from bestroute.config import ConfigInvalid, Settings, instead
 from bestroute.manifest import Model
 from bestroute.pricing import ModelPrice, cost, prices
 from bestroute.prompt import Prompt
-from bestroute.upstream.completion import CANCELLED, Ended, Event, Usage
+from bestroute.upstream.completion import CANCELLED, Ended, Event
 from bestroute.upstream.providers import Providers, Sampling
+from bestroute.upstream.usage import Usage
 from bestroute_export.gather.collection import STOPPED, Wanted
 from bestroute_export.gather.journal import Entry
 from bestroute_export.gather.limits import Budget, Limits, Pace, most_expensive
@@ -72,7 +73,7 @@ class Collector:
     def __init__(self, settings: Settings, sampling: Sampling, limits: Limits) -> None:
         self._settings, self._sampling = settings, sampling
         self._prices = known_prices(settings)
-        self._providers = Providers(settings)
+        self._providers = Providers(settings, patient=True)
         self._budget = Budget(limits.max_cost_usd)
         self._paces = {
             name: Pace(limits.requests_per_minute.get(name, inf)) for name in settings.providers

@@ -50,7 +50,8 @@ class Judge:
         self.calls_at_once = settings.providers[served.provider].max_concurrency
         self._model = model
         self._pace = Pace(limits.requests_per_minute.get(served.provider, inf))
-        self._providers = Providers(settings.model_copy(update={"models": {model: served}}))
+        only = settings.model_copy(update={"models": {model: served}})
+        self._providers = Providers(only, patient=True)
 
     async def aclose(self) -> None:
         """Close the connections."""

@@ -352,7 +352,9 @@ class RouteResponse(google.protobuf.message.Message):
     may escalate, it is the gate's rate.
     """
     decision_id: builtins.str
-    """Names this decision in Feedback; empty where the server keeps no decision log."""
+    """Names this decision in Feedback; empty where the server keeps no decision log, or this decision
+    is not in it.
+    """
     @property
     def arm(self) -> Global___Arm:
         """What to run."""
@@ -999,7 +1001,9 @@ class FeedbackRequest(google.protobuf.message.Message):
     decision_id: builtins.str
     """The decision_id of the RouteResponse, or of the decision of a Generate."""
     quality: builtins.float
-    """How good the answer that was used is, in [0, 1]."""
+    """How good the answer that was used is, in [0, 1], on the scale of the scores that the bundle was
+    trained on.
+    """
     source: builtins.str
     """Who or what judged: user, verifier, judge:NAME, ... Free text of at most 100 characters."""
     def __init__(

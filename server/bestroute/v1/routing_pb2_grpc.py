@@ -116,8 +116,8 @@ class RoutingServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Feedback(self, request, context):
-        """Tells how a decision turned out; for servers that keep a decision log. Joined to the decision
-        by its id; the last one for a decision counts.
+        """Tells how a decision turned out. UNIMPLEMENTED where the server keeps no decision log;
+        RESOURCE_EXHAUSTED where too much waits to be written. The last one for a decision counts.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

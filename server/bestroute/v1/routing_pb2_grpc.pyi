@@ -57,8 +57,8 @@ class RoutingServiceStub:
     give.
     """
     Feedback: grpc.UnaryUnaryMultiCallable[bestroute.v1.routing_pb2.FeedbackRequest, bestroute.v1.routing_pb2.FeedbackResponse]
-    """Tells how a decision turned out; for servers that keep a decision log. Joined to the decision
-    by its id; the last one for a decision counts.
+    """Tells how a decision turned out. UNIMPLEMENTED where the server keeps no decision log;
+    RESOURCE_EXHAUSTED where too much waits to be written. The last one for a decision counts.
     """
 
 @typing.type_check_only
@@ -88,8 +88,8 @@ class RoutingServiceAsyncStub(RoutingServiceStub):
     give.
     """
     Feedback: grpc.aio.UnaryUnaryMultiCallable[bestroute.v1.routing_pb2.FeedbackRequest, bestroute.v1.routing_pb2.FeedbackResponse]  # type: ignore[assignment]
-    """Tells how a decision turned out; for servers that keep a decision log. Joined to the decision
-    by its id; the last one for a decision counts.
+    """Tells how a decision turned out. UNIMPLEMENTED where the server keeps no decision log;
+    RESOURCE_EXHAUSTED where too much waits to be written. The last one for a decision counts.
     """
 
 class RoutingServiceServicer(metaclass=abc.ABCMeta):
@@ -152,8 +152,8 @@ class RoutingServiceServicer(metaclass=abc.ABCMeta):
         request: bestroute.v1.routing_pb2.FeedbackRequest,
         context: _ServicerContext,
     ) -> typing.Union[bestroute.v1.routing_pb2.FeedbackResponse, collections.abc.Awaitable[bestroute.v1.routing_pb2.FeedbackResponse]]:
-        """Tells how a decision turned out; for servers that keep a decision log. Joined to the decision
-        by its id; the last one for a decision counts.
+        """Tells how a decision turned out. UNIMPLEMENTED where the server keeps no decision log;
+        RESOURCE_EXHAUSTED where too much waits to be written. The last one for a decision counts.
         """
 
 def add_RoutingServiceServicer_to_server(servicer: RoutingServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
