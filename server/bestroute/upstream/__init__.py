@@ -1,5 +1,12 @@
 """LLMs behind OpenAI-compatible HTTP APIs: what is asked of them, what comes back, what goes wrong.
 
-providers     draws samples: connections, keys, places, cancellation
+providers     draws samples: keys, places, retries, traces, counts
+chat          one chat completion over HTTP: what is sent, how long is waited
+sse           server-sent events out of bytes
 completion    what the stream of one chat completion says
+usage         what it used, as far as that can be believed
+failures      what goes wrong, and what follows from it
+retries       when a call is made again, and how often at most
+breaker       when a model is left alone for a while
+counts        what has happened at a provider
 """

@@ -1,45 +1,34 @@
-"""Draws samples from LLMs behind OpenAI-compatible HTTP APIs."""
+"""Draws samples from LLMs behind OpenAI-compatible HTTP APIs, and bears with them."""
 
 import asyncio
-from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
-from dataclasses import dataclass
+import logging
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from math import inf
 from types import TracebackType
 from typing import Any, Self
 
-import aiohttp
-import openai
-
-from bestroute.config import ConfigInvalid, Provider, Settings
+from bestroute.call import ANYBODY, Attributes, Call
+from bestroute.config import ConfigInvalid, Provider, ServedModel, Settings
 from bestroute.errors import ProviderFailed
 from bestroute.prompt import Prompt
-from bestroute.upstream.completion import Completion, Event
+from bestroute.upstream.breaker import Breaker
+from bestroute.upstream.chat import Chat, Sampling
+from bestroute.upstream.completion import Completion, Event, Retried
+from bestroute.upstream.counts import UpstreamCounts
+from bestroute.upstream.failures import CallFailed, Reason, clean
+from bestroute.upstream.retries import Budget, backoff
+from bestroute.upstream.usage import Usage
 
-_FAILURES = (openai.OpenAIError, aiohttp.ClientError, OSError, ValueError)
-"""What a call may fail with: the client maps most of aiohttp's errors to its own, but not all,
-and a chunk that isn't JSON is a ValueError."""
+__all__ = ["Providers", "Sampling"]
+
+_log = logging.getLogger(__name__)
 
 _LONGEST_WORDS = 500
-"""Characters of a provider's error that are passed on; some answer with a whole HTML page."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How the LLM samples; None takes the provider's default.
-
-    Attributes:
-        max_output_tokens: most tokens per answer.
-        temperature: in [0, 2].
-        top_p: in (0, 1].
-        stop: strings that end an answer.
-        seed: sample i of several separate calls gets seed + i.
-    """
-
-    max_output_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    stop: tuple[str, ...] = ()
-    seed: int | None = None
+"""Characters of a provider's error that are passed on; some answer with a whole page."""
 
 
 class Providers:
@@ -48,6 +37,8 @@ class Providers:
     Args:
         settings: `models` and `providers` are read, and the keys. A provider that serves no model
             is left alone.
+        patient: whether there is all the time in the world, as in a batch job: then no breaker
+            opens and retries are not budgeted.
 
     Attributes:
         models: the names that can be sampled from.
@@ -56,9 +47,12 @@ class Providers:
         ConfigInvalid: a key is missing; names the provider.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, patient: bool = False) -> None:
         used = {served.provider for served in settings.models.values()}
-        self._upstreams = {name: _Upstream(name, settings.providers[name]) for name in used}
+        self._upstreams = {
+            name: _Upstream(name, settings.providers[name], settings.models, patient=patient)
+            for name in sorted(used)
+        }
         self._served = settings.models
         self.models = frozenset(settings.models)
 
@@ -73,7 +67,17 @@ class Providers:
     ) -> None:
         async with AsyncExitStack() as stack:
             for upstream in self._upstreams.values():
-                stack.push_async_callback(upstream.client.close)
+                stack.push_async_callback(upstream.chat.close)
+
+    def available(self, model: str) -> bool:
+        """Whether a call to a model would be made now: one of `models` whose breaker isn't open."""
+        served = self._served[model]
+        breakers = self._upstreams[served.provider].breakers
+        return breakers[served.upstream or model].admits
+
+    def counts(self) -> Mapping[str, UpstreamCounts]:
+        """What has happened at each provider so far, by its name."""
+        return {name: upstream.counted() for name, upstream in self._upstreams.items()}
 
     async def sample(
         self,
@@ -82,6 +86,7 @@ class Providers:
         candidates: range,
         sampling: Sampling,
         emit: Callable[[Event], None],
+        call: Call = ANYBODY,
     ) -> None:
         """Draw one answer per candidate, all at once; return when all have ended.
 
@@ -98,110 +103,210 @@ class Providers:
                 with an `Ended`, cancelled ones included. Not awaited, and so without back
                 pressure: a slow reader must not hold a provider's place, and what has to be
                 buffered is no more than the answers.
+            call: whose it is. No retry is waited for that would come after its deadline.
         """
         served = self._served[model]
         upstream = self._upstreams[served.provider]
-        request = upstream.request(served.upstream or model, prompt, sampling)
+        request = upstream.chat.request(served.upstream or model, prompt, sampling)
         if upstream.samples == "one_call":
             if len(candidates) > 1:
                 request["n"] = len(candidates)
-            await upstream.call(request, prompt, candidates, emit)
+            await upstream.call(model, request, prompt, candidates, emit, call)
             return
         async with asyncio.TaskGroup() as calls:
             for position, candidate in enumerate(candidates):
                 own = {} if sampling.seed is None else {"seed": sampling.seed + position}
-                calls.create_task(upstream.call(request | own, prompt, [candidate], emit))
+                calls.create_task(
+                    upstream.call(model, request | own, prompt, [candidate], emit, call)
+                )
 
 
 class _Upstream:
-    """One API: its client, and a place for each call that it may have under way."""
+    """One API: its client, a place for each call under way, and what calls have taught.
 
-    def __init__(self, name: str, settings: Provider) -> None:
-        self._name = name
+    Attributes:
+        samples: how several answers are drawn.
+        chat: its client.
+        breakers: by the name that it gives each model. One each, because models of one provider
+            are limited and fail one by one; where all fail, all open.
+    """
+
+    def __init__(
+        self, name: str, settings: Provider, models: Mapping[str, ServedModel], *, patient: bool
+    ) -> None:
+        self._name, self._settings = name, settings
         self.samples = settings.samples
         try:
             key = settings.api_key()
         except ConfigInvalid as error:
             raise ConfigInvalid(f"[providers.{name}]: {error}") from error
         self._key = key.get_secret_value() if key else None
-        # The client takes these from the environment and would send them to any host.
-        self._headers = {"OpenAI-Organization": openai.omit, "OpenAI-Project": openai.omit}
-        if self._key is None:
-            self._headers["Authorization"] = openai.omit
-        # OpenAI's newer models know only the new name, other servers often only the old one.
-        is_openai = (settings.base_url.host or "").endswith((".openai.com", ".openai.azure.com"))
-        self._limit = "max_completion_tokens" if is_openai else "max_tokens"
+        self.chat = Chat(settings, self._key)
+        self.breakers = {
+            served.upstream or model: Breaker(
+                None if patient else settings.breaker_failures,
+                settings.breaker_pause,
+                time.monotonic,
+            )
+            for model, served in models.items()
+            if served.provider == name
+        }
         self._places = asyncio.Semaphore(settings.max_concurrency)
-        self.client = openai.AsyncOpenAI(
-            base_url=str(settings.base_url),
-            api_key=self._key or "none",  # the client insists on one; see the headers above
-            max_retries=settings.max_retries,
-            timeout=openai.Timeout(settings.read_timeout, connect=settings.connect_timeout),
-            http_client=openai.DefaultAioHttpClient(),
-        )
-        # Named here, because it is imported when it is first named, and that takes 40 ms.
-        self._completions = self.client.chat.completions
+        self._budget = Budget(burst=inf) if patient else Budget()
+        self._counts = UpstreamCounts()
 
-    def request(self, model: str, prompt: Prompt, sampling: Sampling) -> dict[str, Any]:
-        """The body of a call that draws one answer."""
-        chosen = {
-            self._limit: sampling.max_output_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "stop": list(sampling.stop) or None,
-            "seed": sampling.seed,
-        }
-        return {
-            "model": model,
-            "messages": [{"role": m.role, "content": m.content} for m in prompt.messages],
-            "stream_options": {"include_usage": True},
-            **{name: value for name, value in chosen.items() if value is not None},
-        }
+    def counted(self) -> UpstreamCounts:
+        """What has happened so far."""
+        return replace(
+            self._counts,
+            failures=self._counts.failures.copy(),
+            breakers={model: breaker.state for model, breaker in self.breakers.items()},
+        )
 
     async def call(
         self,
-        request: dict[str, Any],
+        model: str,
+        request: Mapping[str, Any],
         prompt: Prompt,
         candidates: Sequence[int],
         emit: Callable[[Event], None],
+        call: Call,
     ) -> None:
-        """Run one call, whose choices are the candidates."""
-        completion = Completion(self._name, candidates, len(prompt.text))
-        interruption: ProviderFailed | None = None
+        """Make one call, whose choices are the candidates, and make it again where that helps."""
+        spent, attempt = Usage(), 1
+        cause: CallFailed | None = None
+        interruption: ProviderFailed | None = None  # left at None: cancelled, or a bug
+        completion = self._completion(prompt, candidates)
+        self._budget.called()
         try:
-            # The client's retries, with the waits that Retry-After asks for, keep the place.
-            async with (
-                self._places,
-                await self._completions.create(
-                    **request, stream=True, extra_headers=self._headers
-                ) as stream,
-            ):
-                completion.accepted = True
-                async for chunk in stream:
-                    for event in completion.read(chunk):
-                        emit(event)
-            hint = "; if it has no n, set samples = many_calls" if len(candidates) > 1 else ""
-            interruption = self._failure("the stream ended without a finish_reason" + hint)
-        except _FAILURES as error:
-            interruption = self._failure(_words(error))
+            while True:
+                try:
+                    await self._attempt(request, completion, emit, call)
+                    break
+                except CallFailed as failure:
+                    # Of a retry that wasn't made, what led to it is the news.
+                    cause = cause if cause and failure.reason is Reason.BREAKER_OPEN else failure
+                    interruption = self._failure(str(cause))
+                    delay = self._delay(failure, completion, attempt, request["model"], call)
+                if delay is None:
+                    break
+                self._counts.retries += 1
+                emit(Retried(tuple(candidates), model, attempt, delay, interruption))
+                spent = sum(completion.usages(), spent)
+                completion, interruption = self._completion(prompt, candidates), None
+                attempt += 1
+                await asyncio.sleep(delay)
         finally:
-            # Left at None: cancelled, or a bug on its way up.
-            for ended in completion.end(interruption):
+            for ended in completion.end(interruption, spent, f"{self._name}: empty answer"):
                 emit(ended)
+
+    def _completion(self, prompt: Prompt, candidates: Sequence[int]) -> Completion:
+        return Completion(candidates, len(prompt.text), self._settings.max_answer_characters)
+
+    async def _attempt(
+        self,
+        request: Mapping[str, Any],
+        completion: Completion,
+        emit: Callable[[Event], None],
+        call: Call,
+    ) -> None:
+        model = request["model"]
+        breaker = self.breakers[model]
+        if not breaker.admits:  # before there is a place: it has to be known at once
+            raise self._refused(breaker)
+        async with self._places:
+            admission = breaker.admit()
+            if admission is None:
+                raise self._refused(breaker)
+            failed, wait = None, 0.0
+            try:
+                async with self._told(request, completion, call) as headers:
+                    await self.chat.draw(request, headers, completion, emit)
+                failed = False
+            except CallFailed as failure:
+                failed = True if failure.faulty else None
+                wait = min(failure.retry_after or 0.0, self._settings.max_retry_delay)
+                raise
+            finally:
+                before = breaker.state
+                breaker.ended(admission, failed=failed, wait=wait)
+                if breaker.state is not before:
+                    _log.warning("%s: the breaker of %s is %s", self._name, model, breaker.state)
+
+    @asynccontextmanager
+    async def _told(
+        self, request: Mapping[str, Any], completion: Completion, call: Call
+    ) -> AsyncIterator[Mapping[str, str]]:
+        """Count a call and trace it; gives the headers that carry the trace on."""
+        counts, error = self._counts, None
+        counts.calls += 1
+        counts.in_flight += 1
+        span = call.trace and call.trace.start(f"chat {request['model']}", self._asked(request))
+        try:
+            yield span.headers() if span else {}
+        except CallFailed as failure:
+            counts.failures[failure.reason] += 1
+            error = str(self._failure(str(failure)))
+            raise
+        finally:
+            counts.in_flight -= 1
+            if completion.has_empty:
+                counts.failures[Reason.EMPTY] += 1
+            usage = sum(completion.usages(), Usage())
+            counts.used(usage)
+            if span:
+                span.end(_answered(completion, usage), error)
+
+    def _asked(self, request: Mapping[str, Any]) -> Attributes:
+        """A call's attributes, by OpenTelemetry's conventions for generative AI."""
+        return {
+            "gen_ai.operation.name": "chat",
+            "gen_ai.provider.name": self._name,
+            "gen_ai.request.model": request["model"],
+            "gen_ai.request.choice.count": request.get("n", 1),
+            "server.address": self.chat.host,
+            "server.port": self.chat.port,
+        }
+
+    def _delay(
+        self, failure: CallFailed, completion: Completion, attempt: int, model: str, call: Call
+    ) -> float | None:
+        """Seconds until the next attempt; None: there is none."""
+        longest, asked = self._settings.max_retry_delay, failure.retry_after
+        if (
+            not failure.transient
+            or not completion.untouched
+            or attempt > self._settings.max_retries
+            or (asked or 0.0) > longest
+            or not self.breakers[model].admits
+        ):
+            return None
+        if asked is None:
+            delay = backoff(attempt, longest, random.random())
+        else:  # and a bit, so that not all come back at once
+            delay = asked * (1 + random.random() / 10)
+        if call.deadline is not None and time.monotonic() + delay >= call.deadline:
+            return None
+        return delay if self._budget.take() else None
+
+    def _refused(self, breaker: Breaker) -> CallFailed:
+        self._counts.refused_by_breaker += 1
+        until = f"for {breaker.wait:.1f} s" if breaker.wait else "until a first call succeeds"
+        return CallFailed(
+            Reason.BREAKER_OPEN, f"not asked {until}, because it keeps failing", faulty=False
+        )
 
     def _failure(self, words: str) -> ProviderFailed:
         if self._key is not None:
             words = words.replace(self._key, "[api key]")
-        return ProviderFailed(f"{self._name}: {words[:_LONGEST_WORDS]}")
+        return ProviderFailed(f"{self._name}: {clean(words)[:_LONGEST_WORDS]}")
 
 
-def _words(error: Exception) -> str:
-    """What a provider, or the way to it, says went wrong."""
-    if isinstance(error, openai.APIStatusError):
-        said = error.body.get("message") if isinstance(error.body, dict) else error.body
-        return f"{error.status_code} {said or error.message}"
-    if isinstance(error, ValueError):
-        return f"a chunk that is no JSON: {error}"
-    # The client calls a lost connection "Request timed out."; the cause knows what happened.
-    cause = error.__cause__ or error
-    return str(cause) or type(cause).__name__
+def _answered(completion: Completion, usage: Usage) -> Attributes:
+    attributes: dict[str, str | int | float | bool] = {
+        "gen_ai.usage.input_tokens": usage.input_tokens,
+        "gen_ai.usage.output_tokens": usage.output_tokens,
+    }
+    if completion.finish_reasons:
+        attributes["gen_ai.response.finish_reasons"] = ",".join(completion.finish_reasons)
+    return attributes
