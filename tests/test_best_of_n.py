@@ -19,8 +19,9 @@ from bestroute.escalation import ByGate, ByReward, Escalation
 from bestroute.policy import InputBilling
 from bestroute.pricing import ModelPrice
 from bestroute.prompt import Prompt
-from bestroute.upstream.completion import Delta, Usage
+from bestroute.upstream.completion import Delta
 from bestroute.upstream.providers import Providers, Sampling
+from bestroute.upstream.usage import Usage
 from tests import tiny
 from tests.upstreams import (
     Call,
@@ -465,7 +466,8 @@ async def test_a_gate_sees_all_answers_though_one_would_be_enough(upstream: Upst
     order = task(early_stop=True, escalation=GATE)
     candidates, result = parts(await events_of(upstream.url, rewards, order))
 
-    assert [c.text for c in candidates] == ["4", "5", "6", "7"]
+    assert sorted(c.text for c in candidates[:3]) == ["4", "5", "6"]
+    assert candidates[3].text == "7"
     assert (result.text, result.escalated, result.candidates_cancelled) == ("7", True, 0)
     assert candidates[-1].reward is None
     assert "7" not in rewards.asked

@@ -6,8 +6,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from openai._models import construct_type
-from openai.types.chat import ChatCompletionChunk
 
 from bestroute.errors import ProviderFailed
 from bestroute.upstream.completion import (
@@ -15,21 +13,12 @@ from bestroute.upstream.completion import (
     Delta,
     Ended,
     Finished,
-    Usage,
-    plausible,
-    shares,
 )
+from bestroute.upstream.usage import Usage, plausible, shares
 from tests.upstreams import finish, text, usage
 
 ANSWER = "x" * 40  # ten tokens, as they are estimated
 PROMPT = 20  # characters: five tokens
-
-
-def chunk(value: dict[str, Any]) -> ChatCompletionChunk:
-    """A chunk as the client makes it: nothing is validated, what is missing is None."""
-    made = construct_type(type_=ChatCompletionChunk, value=value)
-    assert isinstance(made, ChatCompletionChunk)
-    return made
 
 
 def read(
@@ -39,10 +28,10 @@ def read(
     interruption: ProviderFailed | None = None,
 ) -> tuple[list[Delta | Finished], list[Ended]]:
     """All that a call gives whose stream has these chunks."""
-    completion = Completion("acme", range(choices), PROMPT)
+    completion = Completion(range(choices), PROMPT, 1000)
     completion.accepted = True
-    events = [event for value in chunks for event in completion.read(chunk(value))]
-    return events, list(completion.end(interruption))
+    events = [event for value in chunks for event in completion.read(value)]
+    return events, list(completion.end(interruption, Usage(), "acme: empty answer"))
 
 
 def running(answer: str, completion_tokens: int) -> dict[str, Any]:
@@ -75,6 +64,22 @@ THREE = [text(ANSWER, 0), text(ANSWER, 1), text(ANSWER, 2), finish(0), finish(1)
         ),
         pytest.param(1, [text(ANSWER), finish()], [Usage(5, 10, True)], id="missing"),
         pytest.param(1, [text(ANSWER), finish(), usage(0, 0)], [Usage(5, 10, True)], id="zeros"),
+        pytest.param(1, [finish(), usage(7, 0)], [Usage(7, 0)], id="zero-for-nothing"),
+        pytest.param(
+            1, [text(ANSWER), finish(), usage(7, 12), usage(7, 12)], [Usage(7, 12)], id="twice"
+        ),
+        pytest.param(
+            2,
+            [
+                text(ANSWER, 0),
+                finish(0),
+                text(ANSWER, 1),
+                finish(1),
+                *[usage(7, i) for i in (5, 15, 22)],
+            ],
+            [Usage(7, 11), Usage(0, 11)],
+            id="running-total-of-its-own",
+        ),
         pytest.param(
             1,
             [text(ANSWER), finish(), {"choices": [], "usage": {"prompt_tokens": 7}}],
@@ -115,10 +120,33 @@ def test_usage_is_what_the_provider_says_if_that_can_be(
     assert expected == [end.usage for end in ended]
 
 
-def test_a_call_that_was_not_accepted_used_nothing() -> None:
-    completion = Completion("acme", [0], PROMPT)
+@pytest.mark.parametrize("field", ["prompt_tokens", "completion_tokens"])
+@pytest.mark.parametrize("wrong", [0, -5, "12", None, True, 12.5, 10**15, [], {}])
+def test_usage_that_can_t_be_is_estimated(field: str, wrong: object) -> None:
+    said = {"prompt_tokens": 7, "completion_tokens": 12, field: wrong}
+    _, [end] = read([text(ANSWER), finish(), {"choices": [], "usage": said}])
 
-    assert [Usage()] == [end.usage for end in completion.end(ProviderFailed("429"))]
+    assert end.usage == Usage(5, 10, estimated=True)
+
+
+@pytest.mark.parametrize("wrong", ["12", 12, [7, 12], True, {}])
+def test_usage_that_is_none_is_estimated(wrong: object) -> None:
+    _, [end] = read([text(ANSWER), finish(), {"choices": [], "usage": wrong}])
+
+    assert end.usage == Usage(5, 10, estimated=True)
+
+
+def test_no_token_has_two_hundred_characters() -> None:
+    assert plausible(Usage(2, 2), 200, [200])
+    assert not plausible(Usage(2, 1), 200, [200])
+    assert not plausible(Usage(1, 2), 200, [200])
+
+
+def test_a_call_that_was_not_accepted_used_nothing() -> None:
+    completion = Completion([0], PROMPT, 1000)
+    [end] = completion.end(ProviderFailed("429"), Usage(), "acme: empty answer")
+
+    assert Usage() == end.usage
 
 
 def test_shown_reasoning_is_billed_but_no_part_of_the_answer() -> None:
@@ -143,6 +171,10 @@ def test_odd_chunks_are_borne() -> None:
             {"choices": [{"index": 0, "delta": None}]},
             {"choices": [{"index": 0, "delta": {"content": [{"type": "thinking"}]}}]},
             text("more than asked for", index=1),
+            text("less", index=-1),
+            {"choices": [{"index": "0", "delta": {"content": "no number"}}]},
+            {"choices": [{"index": 0, "delta": ["no object"]}]},
+            {"choices": [{"index": 0, "finish_reason": {"no": "text"}}]},
             {"choices": [{"delta": {"content": "4"}}]},
             finish(reason="length"),
             text("after the end"),
@@ -197,6 +229,7 @@ def test_the_sum_of_all_answers_is_plausible_in_any_prose(
     estimates: list[int], characters_per_token: float
 ) -> None:
     total = round(sum(estimates) * 4 / characters_per_token)
+    characters = [4 * tokens for tokens in estimates]
 
-    assert plausible(Usage(10, total), estimates)
-    assert not plausible(Usage(10, round(total / len(estimates))), estimates)
+    assert plausible(Usage(10, total), PROMPT, characters)
+    assert not plausible(Usage(10, round(total / len(estimates))), PROMPT, characters)

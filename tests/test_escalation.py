@@ -21,7 +21,8 @@ from bestroute.escalation import ByGate, ByReward, Escalation
 from bestroute.manifest import MANIFEST, Estimate
 from bestroute.policy import InputBilling
 from bestroute.pricing import ModelPrice
-from bestroute.upstream.completion import CANCELLED, Usage
+from bestroute.upstream.completion import CANCELLED
+from bestroute.upstream.usage import Usage
 from bestroute.v1 import routing_pb2 as pb
 from bestroute.v1 import routing_pb2_grpc
 from tests import tiny

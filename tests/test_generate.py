@@ -41,7 +41,8 @@ async def events(
     stub: "RoutingServiceAsyncStub", request: pb.GenerateRequest, deadline: float | None = None
 ) -> dict[str, list[Any]]:
     """All events by their kind, in order."""
-    found: dict[str, list[Any]] = {"decision": [], "delta": [], "candidate": [], "result": []}
+    kinds = ("decision", "delta", "candidate", "result", "retry", "fallback")
+    found: dict[str, list[Any]] = {kind: [] for kind in kinds}
     async for event in stub.Generate(request, timeout=deadline):
         kind = event.WhichOneof("event")
         assert kind is not None
@@ -262,7 +263,7 @@ async def test_only_served_models_are_chosen(tiny_bundle: Path, upstream: Upstre
         (asks(sampling=pb.Sampling(top_p=0)), "sampling.top_p"),
         (asks(sampling=pb.Sampling(top_p=1.5)), "sampling.top_p"),
         (asks(sampling=pb.Sampling(max_output_tokens=0)), "sampling.max_output_tokens"),
-        (asks(sampling=pb.Sampling(stop=[""])), "sampling.stop"),
+        (asks(sampling=pb.Sampling(stop=[""])), "sampling.stop[0]"),
         (
             pb.GenerateRequest(
                 request=pb.RouteRequest(

@@ -8,7 +8,7 @@ from bestroute.config import ConfigInvalid, Settings
 from bestroute.manifest import Model
 from bestroute.policy import InputBilling
 from bestroute.pricing import ModelPrice, cost, prices
-from bestroute.upstream.completion import Usage
+from bestroute.upstream.usage import Usage
 
 POOL = [
     Model(name="gpt-4o-mini", input_usd_per_mtok=1, output_usd_per_mtok=2, mean_output_tokens=9)

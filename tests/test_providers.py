@@ -2,25 +2,34 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 from llmock.pytest_plugin import LLMock
 
+from bestroute.call import Attributes
+from bestroute.call import Call as Circumstances
 from bestroute.config import ConfigInvalid, Provider
 from bestroute.prompt import Message, Prompt
-from bestroute.upstream.completion import Delta, Ended, Event, Finished, Usage
-from bestroute.upstream.providers import Providers, Sampling, _Upstream
+from bestroute.upstream.chat import Chat
+from bestroute.upstream.completion import Delta, Ended, Event, Finished, Retried
+from bestroute.upstream.providers import Providers, Sampling
+from bestroute.upstream.usage import Usage
 from tests.upstreams import (
     Call,
     Chunk,
     Upstream,
+    Wire,
+    events,
     finish,
     hangs,
+    refused,
     says,
     served_at,
+    streamed,
     text,
     until,
     usage,
@@ -60,7 +69,7 @@ async def test_every_candidate_streams_and_ends_once(llmock: LLMock, samples: st
     assert {"Two and two is four."} == {end.text for end in ended}
     assert {"stop"} == {end.finish_reason for end in ended}
     for candidate in range(3):
-        own = [event for event in events if event.candidate == candidate]
+        own = [e for e in events if not isinstance(e, Retried) and e.candidate == candidate]
         pieces = "".join(event.text for event in own if isinstance(event, Delta))
         assert pieces == "Two and two is four."
         assert isinstance(own[-2], Finished)
@@ -148,7 +157,7 @@ async def test_the_request_says_what_was_asked_and_no_more(upstream: Upstream) -
 )
 def test_the_token_limit_goes_by_the_name_that_the_host_knows(url: str, name: str) -> None:
     provider = Provider.model_validate({"base_url": url})
-    body = _Upstream("test", provider).request("small", QUESTION, Sampling(max_output_tokens=9))
+    body = Chat(provider, None).request("small", QUESTION, Sampling(max_output_tokens=9))
 
     assert body[name] == 9
 
@@ -237,7 +246,7 @@ async def test_no_task_is_left(upstream: Upstream) -> None:
     ours = [
         task
         for task in asyncio.all_tasks()
-        if "bestroute" in str(task.get_coro()) or "openai" in str(task.get_coro())
+        if "bestroute" in str(task.get_coro()) or "aiohttp.client" in str(task.get_coro())
     ]
     assert ours == []
 
@@ -354,7 +363,7 @@ async def test_silence_is_a_failure(llmock: LLMock) -> None:
     llmock.reply("Two and two is four.").stall(after_chunks=2, seconds=3)
     end = await failure(llmock.base_url(), read_timeout=0.6)
 
-    assert str(end.error) == "test: Timeout on reading data from socket"
+    assert str(end.error) == "test: silence for 0.6 s"
     assert end.text == "Two "
 
 
@@ -372,7 +381,7 @@ async def test_an_error_inside_the_stream_keeps_its_words(upstream: Upstream) ->
     upstream.scripts = [script]
     end = await failure(upstream.url)
 
-    assert str(end.error) == "test: the model crashed"
+    assert str(end.error) == "test: 500 the model crashed"
 
 
 async def test_a_server_without_n_is_pointed_out(upstream: Upstream) -> None:
@@ -380,6 +389,250 @@ async def test_a_server_without_n_is_pointed_out(upstream: Upstream) -> None:
 
     assert [end.finish_reason for end in ended] == ["stop", "error"]
     assert "set samples = many_calls" in str(ended[1].error)
+
+
+# --- retries
+
+
+async def test_no_retry_is_waited_for_past_the_deadline(llmock: LLMock) -> None:
+    """So that whoever asks has time left for another LLM."""
+    llmock.rate_limit(retry_after=5).reply("4")
+    events: list[Event] = []
+    begun = time.monotonic()
+    async with Providers(served_at(llmock.base_url())) as providers:
+        call = Circumstances(deadline=begun + 4)
+        await providers.sample("small", QUESTION, range(1), Sampling(), events.append, call)
+
+    [end] = events
+    assert isinstance(end, Ended)
+    assert str(end.error).startswith("test: 429 ")
+    assert time.monotonic() - begun < 4
+    assert len(llmock.requests) == 1
+
+
+async def test_who_waits_for_a_retry_gives_its_place_away(llmock: LLMock) -> None:
+    llmock.rate_limit(retry_after=1.0).reply("4", times=None)
+    events: list[Event] = []
+    settings = served_at(llmock.base_url(), max_concurrency=1)
+    async with Providers(settings) as providers, asyncio.TaskGroup() as tasks:
+        for candidate in range(2):
+            one = range(candidate, candidate + 1)
+            tasks.create_task(providers.sample("small", QUESTION, one, Sampling(), events.append))
+            await until(lambda: bool(events))
+
+    ends = [event for event in events if isinstance(event, Ended)]
+    assert [(end.candidate, end.text) for end in ends] == [(1, "4"), (0, "4")]
+
+
+async def test_all_retries_together_have_a_budget(wire: Wire) -> None:
+    """A third of all attempts fails: more than may be made again, too little for the breaker."""
+    bad, good = refused(503, retry_after="0"), streamed(events(text("4"), finish()))
+    wire.reply = lambda _: good if len(wire.heads) % 3 else bad
+    calls = 120
+    async with Providers(served_at(wire.url)) as providers:
+        for _ in range(calls):
+            await providers.sample("small", QUESTION, range(1), Sampling(), lambda _: None)
+        counts = providers.counts()["test"]
+
+    assert counts.calls == len(wire.heads) == calls + counts.retries
+    assert counts.failures["server_error"] > counts.retries
+    assert 10 + calls // 5 - 3 <= counts.retries <= 10 + calls // 5
+
+
+async def test_cancelling_a_retry_s_wait_ends_it(llmock: LLMock) -> None:
+    llmock.rate_limit(retry_after=10)
+    events: list[Event] = []
+    async with Providers(served_at(llmock.base_url())) as providers:
+        sampling = asyncio.create_task(
+            providers.sample("small", QUESTION, range(1), Sampling(), events.append)
+        )
+        await until(lambda: bool(events))
+        sampling.cancel()
+        await asyncio.wait([sampling], timeout=5)
+
+    retry, end = events
+    assert isinstance(retry, Retried)
+    assert isinstance(end, Ended)
+    assert (end.finish_reason, end.usage, end.error) == ("cancelled", Usage(), None)
+
+
+# --- breakers
+
+
+async def ask(providers: Providers, model: str = "small", n: int = 1) -> Ended:
+    """The last word on the last candidate."""
+    events: list[Event] = []
+    await providers.sample(model, QUESTION, range(n), Sampling(), events.append)
+    end = events[-1]
+    assert isinstance(end, Ended)
+    return end
+
+
+@pytest.mark.parametrize("status", [401, 404, 429, 500, 503])
+async def test_what_keeps_failing_is_left_alone_and_tried_again_later(
+    llmock: LLMock, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    llmock.fail(status, times=3).reply("4", times=None)
+    settings = served_at(llmock.base_url(), max_retries=0, breaker_failures=3, breaker_pause=1.0)
+    async with Providers(settings) as providers:
+        for _ in range(3):
+            assert providers.available("small")
+            await ask(providers)
+        assert not providers.available("small")
+        assert providers.available("large"), "each model has a breaker of its own"
+        refused = await ask(providers)
+        assert str(refused.error).startswith("test: not asked for ")
+        assert refused.usage == Usage()
+        counts = providers.counts()["test"]
+        assert counts.breakers == {"small": "open", "large": "closed"}
+        assert (counts.calls, counts.refused_by_breaker) == (3, 1)
+        assert len(llmock.requests) == 3
+
+        await asyncio.sleep(1.0)
+        assert providers.counts()["test"].breakers["small"] == "half_open"
+        assert (await ask(providers)).text == "4"
+        assert providers.counts()["test"].breakers["small"] == "closed"
+
+    assert [record.getMessage() for record in caplog.records] == [
+        "test: the breaker of small is open",
+        "test: the breaker of small is closed",
+    ]
+
+
+async def test_a_breaker_that_opens_ends_retries_and_what_waits_for_a_place(
+    llmock: LLMock,
+) -> None:
+    llmock.fail(503, times=None, retry_after=0.001)
+    settings = served_at(
+        llmock.base_url(), max_retries=9, breaker_failures=3, breaker_pause=60, max_concurrency=1
+    )
+    async with Providers(settings) as providers:
+        end = await ask(providers, n=5)
+        counts = providers.counts()["test"]
+
+    assert len(llmock.requests) == counts.calls == 3
+    assert counts.retries == 2, "none once it is open"
+    assert counts.refused_by_breaker >= 1
+    assert end.error is not None
+
+
+async def test_an_open_breaker_is_told_though_every_place_is_taken(upstream: Upstream) -> None:
+    async def breaks(call: Call) -> AsyncIterator[Chunk]:
+        yield text("4")
+
+    upstream.scripts = [breaks, hangs()]
+    settings = served_at(upstream.url, breaker_failures=1, breaker_pause=60, max_concurrency=1)
+    async with Providers(settings) as providers:
+        await ask(providers)
+        other = asyncio.create_task(ask(providers, "large"))
+        await until(lambda: upstream.under_way == 1)
+        async with asyncio.timeout(10):
+            assert "not asked for" in str((await ask(providers)).error)
+        other.cancel()
+        await asyncio.wait([other])
+
+
+async def test_a_prompt_s_own_fault_and_leaving_open_no_breaker(
+    llmock: LLMock, upstream: Upstream
+) -> None:
+    llmock.context_overflow(times=None)
+    async with Providers(served_at(llmock.base_url(), breaker_failures=1)) as providers:
+        for _ in range(3):
+            await ask(providers)
+        assert providers.available("small")
+
+    upstream.scripts = [hangs("4")]
+    async with Providers(served_at(upstream.url, breaker_failures=1)) as providers:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await ask(providers)
+        assert providers.available("small")
+        assert not providers.counts()["test"].failures
+
+
+async def test_a_trial_that_is_left_makes_room_for_the_next(
+    upstream: Upstream,
+) -> None:
+    async def breaks(call: Call) -> AsyncIterator[Chunk]:
+        yield text("4")
+
+    upstream.scripts = [breaks, hangs(), says("4")]
+    settings = served_at(upstream.url, breaker_failures=1, breaker_pause=0.05)
+    async with Providers(settings) as providers:
+        await ask(providers)
+        await asyncio.sleep(0.06)
+        trial = asyncio.create_task(ask(providers))
+        await until(lambda: len(upstream.calls) == 2)
+        assert "not asked until a first call succeeds" in str((await ask(providers)).error)
+        trial.cancel()
+        await asyncio.wait([trial])
+        assert (await ask(providers)).text == "4"
+
+
+# --- traces
+
+
+@dataclass
+class Recorded:
+    """A span and a trace in one, which take notes."""
+
+    spans: list["Recorded"] = field(default_factory=list)
+    name: str = ""
+    begun: Attributes = field(default_factory=dict)
+    ends: list[tuple[Attributes, str | None]] = field(default_factory=list)
+
+    def start(self, name: str, attributes: Attributes = {}) -> "Recorded":  # noqa: B006
+        self.spans.append(Recorded(name=name, begun=attributes))
+        return self.spans[-1]
+
+    def record(self, name: str, start: float, end: float, attributes: Attributes = {}) -> None:  # noqa: B006
+        raise NotImplementedError
+
+    def headers(self) -> Mapping[str, str]:
+        return {"traceparent": "00-1-2-01"}
+
+    def end(self, attributes: Attributes = {}, error: str | None = None) -> None:  # noqa: B006
+        self.ends.append((attributes, error))
+
+
+async def test_every_attempt_is_a_span_that_ends_once(llmock: LLMock) -> None:
+    llmock.fail(503, message="busy", retry_after=0.001).reply("4").disconnect(after_chunks=2)
+    trace, events = Recorded(), list[Event]()
+    async with Providers(served_at(llmock.base_url())) as providers:
+        call = Circumstances(trace=trace)
+        await providers.sample("small", QUESTION, range(1), Sampling(), events.append, call)
+
+    refused, broken = trace.spans
+    for span in trace.spans:
+        assert span.name == "chat small"
+        assert span.begun["gen_ai.operation.name"] == "chat"
+        assert span.begun["gen_ai.request.model"] == "small"
+        assert span.begun["gen_ai.provider.name"] == "test"
+        assert span.begun["server.address"] == "127.0.0.1"
+    [(used, error)] = refused.ends
+    assert (used["gen_ai.usage.output_tokens"], error) == (0, "test: 503 busy")
+    [(used, error)] = broken.ends
+    assert used["gen_ai.usage.input_tokens"] == 4
+    assert error is not None
+
+
+async def test_a_span_says_what_was_used_and_carries_the_trace_on(upstream: Upstream) -> None:
+    upstream.scripts = [says("4", tokens=7), hangs("4")]
+    trace, events = Recorded(), list[Event]()
+    async with Providers(served_at(upstream.url)) as providers:
+        call = Circumstances(trace=trace)
+        await providers.sample("small", QUESTION, range(1), Sampling(), events.append, call)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await providers.sample(
+                    "small", QUESTION, range(1), Sampling(), lambda _: None, call
+                )
+
+    well, left = trace.spans
+    usage = {"gen_ai.usage.input_tokens": 10, "gen_ai.usage.output_tokens": 7}
+    assert well.ends == [({**usage, "gen_ai.response.finish_reasons": "stop"}, None)]
+    assert len(left.ends) == 1
+    assert upstream.calls[0].headers["traceparent"] == "00-1-2-01"
 
 
 async def test_one_failure_leaves_the_others_alone(llmock: LLMock) -> None:

@@ -1,16 +1,20 @@
 """Real HTTP upstreams to draw samples from.
 
-Three kinds. `llmock`, the fixture of the package of that name, is a server that misbehaves on
+Four kinds. `llmock`, the fixture of the package of that name, is a server that misbehaves on
 demand; it streams choice after choice. `upstream` is for what llmock can't script: exact timing,
-interleaved choices, odd usage, and seeing when a client leaves. `standin` is a small real LLM.
+interleaved choices, odd usage, and seeing when a client leaves. `wire` answers with any bytes, be
+they HTTP or not. `standin` is a small real LLM.
 """
 
 import asyncio
 import importlib.util
 import json
+import re
+import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,6 +83,101 @@ async def upstream() -> AsyncIterator[Upstream]:
     upstream.url = f"http://{host}:{port}/v1"
     yield upstream
     await runner.cleanup()
+
+
+class Wire:
+    """A server that answers with bytes as they are.
+
+    The k-th request is answered with the k-th of `replies`, and the last of them again and again.
+
+    Attributes:
+        replies: of each the pieces; a number is a pause in seconds. Then the connection is closed.
+        reply: gives the reply to a request; may be set, and then `replies` means nothing.
+        heads: of the requests, and
+        bodies: what else they said.
+        connections: open ones.
+    """
+
+    def __init__(self) -> None:
+        self.replies: list[Sequence[bytes | float]] = []
+        self.heads: list[bytes] = []
+        self.bodies: list[dict[str, Any]] = []
+        self.reply: Callable[[dict[str, Any]], Sequence[bytes | float]] = self._in_turn
+        self.connections = 0
+        self.url = ""
+
+    @asynccontextmanager
+    async def serving(self, sock: socket.socket) -> AsyncIterator[None]:
+        """Serve at a socket that listens; in the end nobody may be connected."""
+        async with await asyncio.start_server(self.answer, sock=sock):
+            yield
+        await until(lambda: self.connections == 0)
+
+    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Read one request and send its reply."""
+        self.connections += 1
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = re.search(rb"content-length: (\d+)", head.lower())
+            body = await reader.readexactly(int(length[1]) if length else 0)
+            request = json.loads(body or b"{}")
+            reply = self.reply(request)
+            self.heads.append(head)
+            self.bodies.append(request)
+            for piece in reply:
+                if isinstance(piece, bytes):
+                    writer.write(piece)
+                    await writer.drain()
+                elif await _left(reader, piece):
+                    return
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass  # the client has left
+        finally:
+            self.connections -= 1
+            writer.close()
+
+    def _in_turn(self, request: dict[str, Any]) -> Sequence[bytes | float]:
+        return self.replies[min(len(self.heads), len(self.replies) - 1)]
+
+
+async def _left(reader: asyncio.StreamReader, seconds: float) -> bool:
+    """Wait so long, or until the client leaves; tell whether it did."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await reader.read() == b""
+    except TimeoutError:
+        return False
+
+
+def streamed(
+    *pieces: bytes | float, of: bytes = b"text/event-stream", header: bytes = b""
+) -> list[bytes | float]:
+    """A reply whose body is a stream of events that lasts until the connection is closed."""
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: " + of + b"\r\n" + header
+    return [head + b"Connection: close\r\n\r\n", *pieces]
+
+
+def events(*chunks: Chunk | bytes) -> bytes:
+    """Chunks as a stream of events, with its end."""
+    data = [c if isinstance(c, bytes) else json.dumps(c).encode() for c in (*chunks, b"[DONE]")]
+    return b"".join(b"data: " + each + b"\n\n" for each in data)
+
+
+def refused(status: int, body: bytes = b"", **headers: str) -> list[bytes | float]:
+    """A reply of another status; an underscore in a header's name stands for a hyphen."""
+    lines = [f"HTTP/1.1 {status} Because", f"Content-Length: {len(body)}", "Connection: close"]
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    return ["\r\n".join([*lines, "", ""]).encode() + body]
+
+
+@pytest.fixture
+async def wire() -> AsyncIterator[Wire]:
+    """A server of bytes on a free port of loopback."""
+    wire = Wire()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        wire.url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+        async with wire.serving(listening.dup()):
+            yield wire
 
 
 @pytest.fixture(scope="session")

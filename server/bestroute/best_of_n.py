@@ -17,9 +17,10 @@ from bestroute.errors import DeadlineExceeded, ProviderFailed
 from bestroute.escalation import Escalation
 from bestroute.pricing import ModelPrice, cost
 from bestroute.prompt import Prompt
-from bestroute.upstream.completion import CANCELLED, Delta, Ended, Finished, Usage
+from bestroute.upstream.completion import CANCELLED, Delta, Ended, Finished, Retried
 from bestroute.upstream.completion import Event as Progress
 from bestroute.upstream.providers import Providers, Sampling
+from bestroute.upstream.usage import Usage
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +55,8 @@ class Task:
         early_stop: cancel the rest once a reward reaches the pool's `accept_reward`, unless the
             escalation needs them all.
         escalation: when to ask the reference as well, which a provider serves; None: never.
+        fallbacks: LLMs to ask, one after the other, while no answer is complete. One that was
+            asked already isn't asked again, and one whose breaker is open only if it is the last.
     """
 
     prompt: Prompt
@@ -64,6 +67,24 @@ class Task:
     call: Call = ANYBODY
     early_stop: bool = False
     escalation: Escalation | None = None
+    fallbacks: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FellBack:
+    """No candidate of an LLM is complete, and another LLM is asked.
+
+    Attributes:
+        failed_model: the one that gave no answer.
+        model: the one that is asked instead; its candidates are numbered on.
+        samples: how many are drawn from it.
+        cause: has the providers' words.
+    """
+
+    failed_model: str
+    model: str
+    samples: int
+    cause: ProviderFailed
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +114,7 @@ class Result:
     escalated: bool
 
 
-Event = Delta | Candidate | Result
+Event = Delta | Retried | Candidate | FellBack | Result
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +137,7 @@ class BestOfN:
     agreement_bonus: float
 
     async def run(self, task: Task) -> AsyncGenerator[Event, None]:
-        """Answer a prompt: deltas and candidates as they come, and last the result.
+        """Answer a prompt: deltas, retries, candidates and fallbacks as they come, last the result.
 
         Close the generator to stop: when `aclose` returns, every upstream connection is closed.
         A candidate that fails is reported and the others go on. A candidate whose scoring fails
@@ -148,9 +169,12 @@ class _Draft:
         reward: None until it is scored.
         end: the providers' last word on it, once `ended` is set; until then, as if it had been
             cancelled before its call began.
+        seconds: from its beginning to that word; None until then.
     """
 
     def __init__(self, index: int, model: str) -> None:
+        self._begun = time.monotonic()
+        self.seconds: float | None = None
         self.index, self.model = index, model
         self.text: str | None = None
         self.settled = asyncio.Event()
@@ -158,6 +182,12 @@ class _Draft:
         self.end = Ended(index, "", CANCELLED, Usage())
         self.ended = asyncio.Event()
         self.reported = False
+
+    def finish(self, end: Ended) -> None:
+        """Take the providers' last word."""
+        self.end, self.seconds = end, time.monotonic() - self._begun
+        self.settled.set()
+        self.ended.set()
 
 
 class _Run:
@@ -171,15 +201,41 @@ class _Run:
         self._some_complete = asyncio.Event()
 
     async def run(self) -> None:
-        """Draw, escalate if need be, and emit the result."""
+        """Draw, fall back or escalate if need be, and emit the result."""
         task, escalation = self._task, self._task.escalation
         by_reward = escalation is not None and escalation.by_reward
         await self._draw(task.model, task.samples, scored=task.samples > 1 or by_reward)
+        if escalation is None or by_reward:  # a gate asks the reference where answers are missing
+            await self._fall_back(scored=by_reward)
         answer, escalated = best(self._candidates, self._pool.agreement_bonus), False
-        if escalation is not None and self._has_time() and escalation.asks(self._candidates):
+        if (
+            escalation is not None
+            and self._has_time()
+            and escalation.reference not in self._asked()
+            and escalation.asks(self._candidates)
+        ):
             await self._draw(escalation.reference, 1, scored=by_reward)
             answer, escalated = escalation.winner(self._candidates), True
+        if answer is None and await self._fall_back(scored=False):
+            answer = best(self._candidates, self._pool.agreement_bonus)
         self._emit(self._result(answer, escalated))
+
+    def _asked(self) -> set[str]:
+        return {draft.model for draft in self._drafts}
+
+    async def _fall_back(self, *, scored: bool) -> bool:
+        """Ask other LLMs while no answer is complete and there is time; tell whether one is."""
+        fallbacks, available = self._task.fallbacks, self._pool.providers.available
+        for model in fallbacks:
+            if any(candidate.complete for candidate in self._candidates) or not self._has_time():
+                break
+            # The last is asked though its breaker is open: what that says is told to the caller.
+            if model not in self._asked() and (available(model) or model == fallbacks[-1]):
+                failed = self._drafts[-1].model
+                cause = _failure([c for c in self._candidates if c.model == failed])
+                self._emit(FellBack(failed, model, 1, ProviderFailed(str(cause))))
+                await self._draw(model, 1, scored=scored)
+        return any(candidate.complete for candidate in self._candidates)
 
     async def _draw(self, model: str, samples: int, *, scored: bool) -> None:
         """Draw samples and score them; every one is reported, come what may."""
@@ -194,7 +250,7 @@ class _Run:
                 indices = range(first, first + samples)
                 sampling = tasks.create_task(
                     self._pool.providers.sample(
-                        model, task.prompt, indices, task.sampling, self._take
+                        model, task.prompt, indices, task.sampling, self._take, task.call
                     )
                 )
                 for draft in drafts:
@@ -221,6 +277,9 @@ class _Run:
 
     def _take(self, progress: Progress) -> None:
         """Note what a provider did."""
+        if isinstance(progress, Retried):
+            self._emit(progress)
+            return
         draft = self._drafts[progress.candidate]
         match progress:
             case Delta():
@@ -232,9 +291,7 @@ class _Run:
                 draft.settled.set()
                 self._some_complete.set()
             case Ended():
-                draft.end = progress
-                draft.settled.set()
-                draft.ended.set()
+                draft.finish(progress)
 
     async def _follow(self, draft: _Draft, sampling: asyncio.Task[None], *, scored: bool) -> None:
         """Score a candidate as soon as its text is complete; report it when it has ended."""
@@ -269,7 +326,7 @@ class _Run:
         )
 
     def _has_time(self) -> bool:
-        """Whether there is time left to ask the reference."""
+        """Whether there is time left to ask another LLM."""
         cut = self._before_deadline(CUT_BEFORE_DEADLINE)
         return cut is None or time.monotonic() < cut
 
@@ -286,6 +343,7 @@ class _Run:
             usage=end.usage,
             finish_reason=end.finish_reason,
             error=end.error,
+            seconds=draft.seconds,
         )
         self._candidates.append(candidate)
         self._emit(candidate)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from bestroute.errors import ProviderFailed
 from bestroute.gate import final_answer
-from bestroute.upstream.completion import CANCELLED, Usage
+from bestroute.upstream.completion import CANCELLED
+from bestroute.upstream.usage import Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,8 @@ class Candidate:
         usage: what it used; where one call drew several, the first carries the prompt's tokens.
         finish_reason: the provider's word (stop, length, content_filter), or cancelled, or error.
         error: set where it failed, with the provider's words.
+        seconds: from when it was asked for to its end, waits and retries included; None: it was
+            cancelled before its call began.
     """
 
     index: int
@@ -30,6 +33,7 @@ class Candidate:
     usage: Usage
     finish_reason: str
     error: ProviderFailed | None
+    seconds: float | None = None
 
     @property
     def complete(self) -> bool:

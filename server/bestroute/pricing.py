@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from bestroute.config import ConfigInvalid, Provider, Settings, instead
 from bestroute.manifest import Model
 from bestroute.policy import InputBilling
-from bestroute.upstream.completion import Usage
+from bestroute.upstream.usage import Usage
 
 _SAMPLE_TOKENS = 1000
 """Priced to read a list price off genai-prices; few enough for the lowest tier of tiered prices."""

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from bestroute import __version__
-from bestroute.cli import bundle, doctor, generate, route, score, serve
+from bestroute.cli import bundle, doctor, generate, key, route, score, serve
 from bestroute.cli.arguments import described
 from bestroute.cli.terminal import complain
 
@@ -54,6 +54,6 @@ def parser() -> argparse.ArgumentParser:
     )
     root.add_argument("--version", action="version", version=f"bestroute {__version__}")
     commands = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (serve, route, score, generate, doctor, bundle):
+    for command in (serve, route, score, generate, doctor, bundle, key):
         command.add(commands)
     return root

@@ -40,8 +40,9 @@ def add(commands: "Commands") -> None:
         "show",
         help="print what it holds",
         **described(
-            "Print a bundle's models and prices, its arms, what its targets were measured to give "
-            "(by exchange rate or by match threshold), its gates, and where it came from.",
+            "Print a bundle's digest, which bundle_sha256 pins, its models and prices, its arms, "
+            "what its targets were measured to give (by exchange rate or by match threshold), its "
+            "gates, and where it came from.",
             "bestroute bundle show",
             "bestroute bundle show ./my-bundle --json | jq .arms",
         ),
@@ -54,8 +55,9 @@ def add(commands: "Commands") -> None:
         help="check its files and its answers",
         **described(
             "Check a bundle's files against their digests, and that its networks answer on "
-            "this machine as they did where it was made. The engine is the configured one (see "
-            "BESTROUTE_ENGINE__PROVIDER). Exit code 0 if it can be served, else 1.",
+            "this machine as they did where it was made; prints the digest that bundle_sha256 "
+            "pins. The engine is the configured one (see BESTROUTE_ENGINE__PROVIDER). Exit code 0 "
+            "if it can be served, else 1.",
             "bestroute bundle verify",
             "BESTROUTE_ENGINE__PROVIDER=cuda bestroute bundle verify ./my-bundle",
         ),
@@ -75,10 +77,12 @@ def _add_path(parser: argparse.ArgumentParser) -> None:
 
 
 def _show(args: argparse.Namespace) -> int:
-    from bestroute.bundle import DEFAULT_BUNDLE, read_manifest
+    from bestroute.bundle import DEFAULT_BUNDLE, digest, read_manifest
 
+    directory = args.path or DEFAULT_BUNDLE
     try:
-        manifest = read_manifest(args.path or DEFAULT_BUNDLE)
+        sha256 = digest(directory)
+        manifest = read_manifest(directory, sha256)
     except BundleInvalid as error:
         return complain(str(error), code=1)
     if args.json:
@@ -86,6 +90,7 @@ def _show(args: argparse.Namespace) -> int:
         return 0
     out = console(sys.stdout)
     out.print(f"{manifest.name} {manifest.version}", style="bold")
+    out.print(f"bundle_sha256 = {sha256}", soft_wrap=True, highlight=False)
     for title, content in _sections(manifest).items():
         out.print(f"\n{title}", style="bold")
         out.print(content)
@@ -95,13 +100,15 @@ def _show(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     import asyncio
 
-    from bestroute.bundle import DEFAULT_BUNDLE, Bundle
+    from bestroute.bundle import DEFAULT_BUNDLE, Bundle, digest
     from bestroute.config import ConfigInvalid, Settings
     from bestroute.router import verify
 
     try:
         engine = Settings.load().engine
-        bundle = Bundle.load(args.path or DEFAULT_BUNDLE)
+        directory = args.path or DEFAULT_BUNDLE
+        sha256 = digest(directory)
+        bundle = Bundle.load(directory, sha256)
         deviation = asyncio.run(verify(bundle, engine))
     except ConfigInvalid as error:
         return complain(str(error), code=2)
@@ -111,7 +118,7 @@ def _verify(args: argparse.Namespace) -> int:
     print(
         f"{bundle.directory}: {manifest.name} {manifest.version} can be served; its answers on "
         f"{engine.provider} deviate by {deviation:.2g} at most ({manifest.golden.tolerance:g} "
-        "allowed)"
+        f"allowed); bundle_sha256 = {sha256}"
     )
     return 0
 

@@ -112,17 +112,27 @@ async def _show(events: AsyncIterator[pb.GenerateResponse], *, escalate: bool) -
     err.print(_decision(decision), style="bold")
     # A single sample that no other can replace is the answer; it can be printed as it comes.
     only = decision.arm.samples == 1 and not escalate
-    result = await (_follow(events) if only else _compare(events, err))
+    result = await (_follow(events, err) if only else _compare(events, err))
     err.print(_result(result), style="bold")
 
 
-async def _follow(events: AsyncIterator[pb.GenerateResponse]) -> pb.Result:
-    """Print the answer while it is written."""
+async def _follow(events: AsyncIterator[pb.GenerateResponse], err: "Console") -> pb.Result:
+    """Print the answer while it is written; one that replaces it begins on a line of its own."""
     result = pb.Result()
+    begun = False
     async for event in events:
         match event.WhichOneof("event"):
             case "delta":
+                begun = True
                 print(event.delta.text, end="", flush=True)
+            case "retry":
+                err.print(_retry(event.retry))
+            case "fallback":
+                if begun:
+                    print(flush=True)
+                    err.print("What was printed of the answer is not all of it.")
+                begun = False
+                err.print(_fallback(event.fallback))
             case "result":
                 result = event.result
     print(flush=True)
@@ -144,6 +154,10 @@ async def _compare(events: AsyncIterator[pb.GenerateResponse], err: "Console") -
                 case "candidate":
                     drafts.pop(event.candidate.index, None)
                     err.print(_candidate(event.candidate))
+                case "retry":
+                    err.print(_retry(event.retry))
+                case "fallback":
+                    err.print(_fallback(event.fallback))
                 case "result":
                     result = event.result
             live.update(_ends(drafts, err.width), refresh=True)
@@ -174,6 +188,16 @@ def _candidate(candidate: pb.Candidate) -> str:
     reward = f"reward {candidate.reward:.3f}, " if candidate.HasField("reward") else ""
     tokens = count(candidate.usage.output_tokens, "token")
     return f"{who}: {reward}{tokens}, {candidate.finish_reason}"
+
+
+def _retry(retry: pb.Retry) -> str:
+    delay = retry.delay.ToTimedelta().total_seconds()
+    return f"{retry.model} failed: {retry.cause.message}; asked again in {delay:.1f} s"
+
+
+def _fallback(fallback: pb.Fallback) -> str:
+    failed = f"{fallback.failed_model} gave no answer: {fallback.cause.message}"
+    return f"{failed}; {fallback.model} is asked instead"
 
 
 def _result(result: pb.Result) -> str:
