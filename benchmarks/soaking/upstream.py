@@ -12,7 +12,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from aiohttp import web
 
@@ -29,7 +29,7 @@ class Upstream:
         self._source, self._share = source, share
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
-        """Answer a call, or don't."""
+        """Answer a call, or don't, until its caller leaves."""
         await request.read()
         bad = self._source.random() < self._share
         fault = self._source.choice(FAULTS) if bad else None
@@ -39,26 +39,27 @@ class Upstream:
                 {"error": {"message": fault}}, status=int(fault), headers=headers
             )
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-        await response.prepare(request)
-        if fault == "slow":
-            await asyncio.sleep(0.5)
-        length = 0 if fault == "empty" else self._source.randint(2, 30)
-        words = self._source.choices(_WORDS, k=length)
-        for position, word in enumerate(words):
-            await response.write(_chunk({"content": word + " "}, None))
-            await asyncio.sleep(0.002)
-            if position == len(words) // 2:
-                if fault == "cut" and request.transport:
-                    request.transport.close()
-                    return response
-                if fault == "silent":
-                    await asyncio.sleep(_SILENCE)
-                if fault == "garbage":
-                    await response.write(b'data: {"choices": [{"delta": \n\n\xff\xfe\n\n')
-        await response.write(_chunk({}, "stop"))
-        usage = {"prompt_tokens": 20, "completion_tokens": length, "total_tokens": 20 + length}
-        await response.write(_event({"choices": [], "usage": usage}))
-        await response.write(b"data: [DONE]\n\n")
+        with suppress(ConnectionError):
+            await response.prepare(request)
+            if fault == "slow":
+                await asyncio.sleep(0.5)
+            length = 0 if fault == "empty" else self._source.randint(2, 30)
+            words = self._source.choices(_WORDS, k=length)
+            for position, word in enumerate(words):
+                await response.write(_chunk({"content": word + " "}, None))
+                await asyncio.sleep(0.002)
+                if position == len(words) // 2:
+                    if fault == "cut" and request.transport:
+                        request.transport.close()
+                        return response
+                    if fault == "silent":
+                        await asyncio.sleep(_SILENCE)
+                    if fault == "garbage":
+                        await response.write(b'data: {"choices": [{"delta": \n\n\xff\xfe\n\n')
+            await response.write(_chunk({}, "stop"))
+            usage = {"prompt_tokens": 20, "completion_tokens": length, "total_tokens": 20 + length}
+            await response.write(_event({"choices": [], "usage": usage}))
+            await response.write(b"data: [DONE]\n\n")
         return response
 
 

@@ -12,19 +12,24 @@ from grpc_reflection.v1alpha import reflection
 
 from bestroute import service
 from bestroute.config import ConfigInvalid, Server, Settings
+from bestroute.guard import connections
+from bestroute.guard.authentication import authenticating
 from bestroute.guard.callers import Callers
+from bestroute.guard.exposure import warn_of_exposure
+from bestroute.guard.tls import server_credentials
 from bestroute.live import Live
-from bestroute.observe.telemetry import Telemetry
+from bestroute.observe.logs import log_to_stderr
+from bestroute.observe.telemetry import observing
 from bestroute.process import (
     first_signal,
     log_ready,
-    log_to_stderr,
     new_event_loop,
     on_hangup,
     spare_what_is_loaded,
 )
 from bestroute.reloading import reloading
 from bestroute.tasks import task_group
+from bestroute.traffic.traffic import open_traffic
 
 _log = logging.getLogger(__name__)
 
@@ -49,10 +54,12 @@ class Running:
     Attributes:
         address: host:port it really listens on.
         live: the router that serves, which another may replace.
+        metrics: host:port of the HTTP endpoint `/metrics`; None: there is none.
     """
 
     address: str
     live: Live
+    metrics: str | None = None
 
     @property
     def bundle(self) -> str:
@@ -74,34 +81,43 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
     """
     limits = settings.server
     live = Live()
-    async with live.serving(settings):
+    credentials = server_credentials(settings.security)
+    warn_of_exposure(settings)
+
+    def refused(method: str) -> None:
+        telemetry.ended(method.rpartition("/")[2], None, grpc.StatusCode.UNAUTHENTICATED, 0.0)
+
+    async with (
+        authenticating(settings.security, refused) as interceptors,
+        live.serving(settings),
+        open_traffic(settings.decision_log) as traffic,
+        observing(settings, live, traffic) as telemetry,
+    ):
         server = grpc.aio.server(
+            interceptors=interceptors,
             options=[
-                *_pending_limits(limits.max_pending),
-                ("grpc.max_receive_message_length", limits.max_message_bytes),
-                ("grpc.max_concurrent_streams", limits.max_streams),
+                *connections.options(limits),
                 # Two servers on one port would split the traffic between them without a word, which
                 # is what workers are to do. That they are alone there `workers` sees to.
                 ("grpc.so_reuseport", int(limits.workers > 1)),
-                # Clients may keep idle streams open through a NAT; the default is 5 minutes.
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-            ]
+            ],
         )
-        routing = service.RoutingService(live, limits, Callers(settings.callers), Telemetry())
+        callers = Callers(settings.callers, settings.security)
+        routing = service.RoutingService(live, limits, callers, telemetry, traffic)
         routing.add_to(server)
         healths = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(healths, server)
         reflection.enable_server_reflection(
             (service.NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server
         )
-        address = _bind(server, limits)
+        address = _bind(server, limits, credentials)
         await healths.set("liveness", SERVING)
         await _set_health(healths, SERVING)
         await server.start()
         async with task_group() as tasks:
             following = tasks.create_task(_follow(live, healths))
             try:
-                yield Running(address, live)
+                yield Running(address, live, telemetry.metrics_address)
             finally:
                 following.cancel()
                 await _set_health(healths, NOT_SERVING)
@@ -132,20 +148,15 @@ async def _set_health(healths: health.aio.HealthServicer, status: int) -> None:
         await healths.set(name, status)
 
 
-def _pending_limits(most: int | None) -> list[tuple[str, int]]:
-    """Options by which gRPC itself ends calls: from `most` some at random, from twice that all."""
-    if most is None:
-        return []
-    return [
-        ("grpc.server.max_pending_requests", most),
-        ("grpc.server.max_pending_requests_hard_limit", 2 * most),
-    ]
-
-
-def _bind(server: grpc.aio.Server, limits: Server) -> str:
+def _bind(
+    server: grpc.aio.Server, limits: Server, credentials: grpc.ServerCredentials | None
+) -> str:
     host, _, _port = limits.listen.rpartition(":")
     try:
-        port = server.add_insecure_port(limits.listen)
+        if credentials is None:
+            port = server.add_insecure_port(limits.listen)
+        else:
+            port = server.add_secure_port(limits.listen, credentials)
     except RuntimeError as error:
         raise ConfigInvalid(limits.cannot_listen(error)) from error
     return f"{host}:{port}"
@@ -158,7 +169,7 @@ def run(load: Callable[[], Settings]) -> int:
         load: reads the settings, now and at each SIGHUP.
     """
     settings = load()
-    log_to_stderr(settings.log_level)
+    log_to_stderr(settings.log_level, settings.log_format)
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         runner.run(_serve_until_signal(settings, load))
     return 0

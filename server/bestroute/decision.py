@@ -72,7 +72,7 @@ class Options(Sequence[Option]):
         estimated_cost_usd: [A].
     """
 
-    __slots__ = ("_arms", "_costs", "_gains", "_probabilities", "_tokens")
+    __slots__ = ("_arms", "_costs", "_tokens", "expected_gain", "match_probability")
 
     def __init__(
         self,
@@ -82,7 +82,8 @@ class Options(Sequence[Option]):
         expected_output_tokens: Floats,
         estimated_cost_usd: Floats,
     ) -> None:
-        self._arms, self._probabilities, self._gains = arms, match_probability, expected_gain
+        self._arms = arms
+        self.match_probability, self.expected_gain = match_probability, expected_gain
         self._tokens, self._costs = expected_output_tokens, estimated_cost_usd
 
     @overload
@@ -94,8 +95,8 @@ class Options(Sequence[Option]):
             return [self[each] for each in range(*index.indices(len(self)))]
         return Option(
             *self._arms[index],
-            0.0 if self._probabilities is None else float(self._probabilities[index]),
-            None if self._gains is None else float(self._gains[index]),
+            0.0 if self.match_probability is None else float(self.match_probability[index]),
+            None if self.expected_gain is None else float(self.expected_gain[index]),
             float(self._tokens[index]),
             float(self._costs[index]),
         )

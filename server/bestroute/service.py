@@ -9,15 +9,19 @@ from typing import Any
 import grpc
 
 from bestroute import convert
+from bestroute.best_of_n import Result
 from bestroute.boundary import Boundary
 from bestroute.call import Call
+from bestroute.candidate import Candidate
 from bestroute.config import Server
 from bestroute.errors import InvalidRequest
 from bestroute.guard.callers import Callers
 from bestroute.live import Live
 from bestroute.observe.telemetry import Telemetry
+from bestroute.pricing import cost
 from bestroute.router import Routed, Router
-from bestroute.status import Context, Draining, status_of
+from bestroute.status import Context, Draining, code_of, status_of
+from bestroute.traffic.traffic import Traffic
 from bestroute.upstream.completion import Delta
 from bestroute.v1 import routing_pb2 as pb
 from bestroute.wire import Malformed, decoder
@@ -33,10 +37,14 @@ class RoutingService:
         limits: what a request may hold.
         callers: who calls, and what they may have.
         telemetry: is told what happens.
+        traffic: is told what is decided, and how it turns out.
     """
 
-    def __init__(self, live: Live, limits: Server, callers: Callers, telemetry: Telemetry) -> None:
+    def __init__(
+        self, live: Live, limits: Server, callers: Callers, telemetry: Telemetry, traffic: Traffic
+    ) -> None:
         self._live, self._limits, self._telemetry = live, limits, telemetry
+        self._traffic = traffic
         self._boundary = Boundary(callers, telemetry)
 
     def add_to(self, server: grpc.aio.Server) -> None:
@@ -67,6 +75,11 @@ class RoutingService:
                 around.unary("ListArms", self.list_arms),
                 decoder(pb.ListArmsRequest),
                 pb.ListArmsResponse.SerializeToString,
+            ),
+            "Feedback": grpc.unary_unary_rpc_method_handler(
+                around.unary("Feedback", self.feedback),
+                decoder(pb.FeedbackRequest),
+                pb.FeedbackResponse.SerializeToString,
             ),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(NAME, handlers),))
@@ -141,17 +154,30 @@ class RoutingService:
         with_deltas = execution.stream_deltas or not execution.HasField("stream_deltas")
         routed: Routed | None = None
         try:
-            with self._live.using() as router:
+            with (
+                self._live.using() as router,
+                self._boundary.callers.bill(call) as bill,
+                self._traffic.generation(order) as generation,
+            ):
                 async with aclosing(router.generate(order)) as events:
                     async for event in events:
                         if isinstance(event, Routed):
                             routed = event
+                            bill.expect(event.decision.arm.estimated_cost_usd)
+                            decision_id = generation.decided(event, router.manifest)
                             yield pb.GenerateResponse(
-                                decision=self._response(request.request, event, router, call)
+                                decision=self._response(
+                                    request.request, event, router, call, decision_id
+                                )
                             )
                             continue
                         assert routed is not None, "the decision comes first"
+                        if isinstance(event, Candidate):
+                            bill.add(cost(event.usage, router.prices[event.model]))
+                        elif isinstance(event, Result):
+                            bill.total(event.cost_usd)
                         self._telemetry.generated(event, routed, call)
+                        generation.happened(event)
                         if with_deltas or not isinstance(event, Delta):
                             reference = routed.decision.reference
                             yield convert.event(event, reference.estimated_cost_usd)
@@ -159,6 +185,11 @@ class RoutingService:
             # The policy lies inside the request to route, the arm beside it.
             inside = error.field.startswith("policy")
             raise (error.within("request") if inside else error) from error
+
+    async def feedback(self, request: pb.FeedbackRequest, call: Call) -> pb.FeedbackResponse:
+        """Take in how a decision turned out."""
+        self._traffic.feedback(request.decision_id, request.quality, request.source, call)
+        return pb.FeedbackResponse()
 
     async def list_arms(self, request: pb.ListArmsRequest, call: Call) -> pb.ListArmsResponse:
         """List the pool, its prices and its calibration."""
@@ -187,34 +218,49 @@ class RoutingService:
     async def _stream_answer(
         self,
         message: pb.RouteStreamRequest | Malformed[pb.RouteStreamRequest],
-        call: Call,
+        stream: Call,
     ) -> pb.RouteStreamResponse:
         if isinstance(message, Malformed):
             return pb.RouteStreamResponse(
                 request_id=message.request_id, error=status_of(message.error)
             )
         request_id = message.request.request_id
+        began, code, failed = time.monotonic(), grpc.StatusCode.CANCELLED, None
+        call = self._telemetry.message("RouteStream", stream)
         try:
             self._boundary.callers.admit(call)
             response = await self._route(message.request, call)
-        except InvalidRequest as error:
-            return pb.RouteStreamResponse(
-                request_id=request_id, error=status_of(error.within("request"))
-            )
+            code = grpc.StatusCode.OK
+            return pb.RouteStreamResponse(request_id=request_id, response=response)
         except Exception as error:
-            return pb.RouteStreamResponse(request_id=request_id, error=status_of(error))
-        return pb.RouteStreamResponse(request_id=request_id, response=response)
+            failed = error
+            inside = error.within("request") if isinstance(error, InvalidRequest) else error
+            status = status_of(inside)
+            code = code_of(status)
+            return pb.RouteStreamResponse(request_id=request_id, error=status)
+        finally:
+            seconds = time.monotonic() - began
+            self._telemetry.answered("RouteStream", call, code, seconds, failed)
 
     async def _route(self, request: pb.RouteRequest, call: Call) -> pb.RouteResponse:
         prompt = convert.prompt(request, self._limits.max_prompt_bytes)
         policy = convert.policy(request.policy)
         with self._live.using() as router:
             routed = await router.decide(prompt, policy, call)
-        return self._response(request, routed, router, call)
+        decision_id = self._traffic.decided(prompt, policy, routed, router.manifest, call)
+        return self._response(request, routed, router, call, decision_id)
 
     def _response(
-        self, request: pb.RouteRequest, routed: Routed, router: Router, call: Call
+        self,
+        request: pb.RouteRequest,
+        routed: Routed,
+        router: Router,
+        call: Call,
+        decision_id: str,
     ) -> pb.RouteResponse:
-        self._telemetry.routed(routed, call)
-        version = router.manifest.version
-        return convert.route_response(request.request_id, routed, version, explain=request.explain)
+        version, explain = router.manifest.version, request.explain
+        self._telemetry.routed(routed, call, version)
+        response = convert.route_response(request.request_id, routed, version, explain=explain)
+        if decision_id:
+            response.decision_id = decision_id
+        return response

@@ -16,7 +16,8 @@ from bestroute.app import serving
 from bestroute.config import ConfigInvalid, Settings
 from bestroute.engine import cpus
 from bestroute.errors import BundleInvalid
-from bestroute.process import STOPPING, log_to_stderr, new_event_loop, spare_what_is_loaded
+from bestroute.observe.logs import log_to_stderr
+from bestroute.process import STOPPING, new_event_loop, spare_what_is_loaded
 from bestroute.reloading import reloading
 from bestroute.tasks import task_group
 
@@ -39,14 +40,21 @@ def shared(settings: Settings) -> Settings:
     return settings.model_copy(update={"engine": engine})
 
 
+def _own(line: bytes) -> Settings:
+    """What the parent says, with this worker's share of the CPUs and its port for metrics."""
+    settings = shared(Settings.model_validate_json(line))
+    metrics = settings.metrics.of_worker(int(sys.argv[1]))
+    return settings.model_copy(update={"metrics": metrics})
+
+
 async def _serve() -> int:
     parent = socket.socket(fileno=os.dup(sys.stdin.fileno()))
     # Held, since a writer that is let go of closes the socket.
     reader, _writer = await asyncio.open_connection(sock=parent, limit=_LONGEST_LINE)
     if not (line := await reader.readline()):
         return 1  # the parent is gone already
-    settings = shared(Settings.model_validate_json(line))
-    log_to_stderr(settings.log_level, process=f"worker {sys.argv[1]}")
+    settings = _own(line)
+    log_to_stderr(settings.log_level, settings.log_format, worker=int(sys.argv[1]))
     stop, changed = asyncio.Event(), asyncio.Event()
     latest = settings
 
@@ -54,7 +62,7 @@ async def _serve() -> int:
         nonlocal latest
         with suppress(ConnectionError):
             while line := await reader.readline():
-                latest = shared(Settings.model_validate_json(line))
+                latest = _own(line)
                 changed.set()
         stop.set()
 

@@ -22,7 +22,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
 from bestroute.config import ConfigInvalid, Server, Settings
-from bestroute.process import first_signal, log_ready, log_to_stderr, on_hangup
+from bestroute.observe.logs import log_to_stderr
+from bestroute.process import first_signal, log_ready, on_hangup
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def run(load: Callable[[], Settings]) -> int:
         OSError: a worker ended before all were ready.
     """
     settings = load()
-    log_to_stderr(settings.log_level)
+    log_to_stderr(settings.log_level, settings.log_format)
     with reserved(settings.server) as address:
 
         def load_again() -> Settings:
