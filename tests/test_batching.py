@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,10 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bestroute import batching
-from bestroute.batching import Batcher, Pending, take_batch
-from bestroute.call import Call
+from bestroute.batching import batcher as batching
+from bestroute.batching.batcher import Batcher
+from bestroute.batching.pending import Pending, take_batch
+from bestroute.call import ANYBODY, Call
 from bestroute.errors import DeadlineExceeded, Overloaded
+from bestroute.fair import FairQueue
 from bestroute.partition import Budget
 
 NOW = 1000.0
@@ -36,12 +37,20 @@ windows = st.integers(1, 70)
 def entries(loop: asyncio.AbstractEventLoop, made: Sequence[Spec]) -> list[Pending[int, None]]:
     pending = []
     for index, spec in enumerate(made):
-        deadline = NOW - 1 if spec.late else None
-        entry = Pending[int, None](index, spec.length, deadline, loop.create_future())
+        begin_by = NOW - 1 if spec.late else None
+        reply = loop.create_future()
+        entry = Pending[int, None](index, spec.length, ANYBODY, begin_by, reply, NOW)
         if spec.abandoned:
             entry.reply.cancel()
         pending.append(entry)
     return pending
+
+
+def queue_of(pending: Sequence[Pending[int, None]]) -> FairQueue[Pending[int, None]]:
+    queue = FairQueue[Pending[int, None]]()
+    for entry in pending:
+        queue.push(entry)
+    return queue
 
 
 @given(st.lists(specs, max_size=60), budgets, windows)
@@ -52,11 +61,11 @@ def test_take_batch_keeps_its_promises(made: list[Spec], budget: Budget, window:
         before = entries(loop, made)
     finally:
         loop.close()
-    queue = deque(before)
+    queue = queue_of(before)
 
     batch, late = take_batch(queue, budget, window, NOW)
 
-    live = [e for e in before if not e.reply.done() and e.deadline is None]
+    live = [e for e in before if not e.reply.done() and e.begin_by is None]
     lengths = [e.length for e in batch]
     assert len(batch) <= budget.max_items
     if len(batch) > 1:
@@ -64,11 +73,12 @@ def test_take_batch_keeps_its_promises(made: list[Spec], budget: Budget, window:
     assert batch[:1] == live[:1], "the oldest live entry always runs"
     assert set(batch) <= set(live[:window]), "nobody is overtaken by more than a window"
     assert [e.item for e in batch] == sorted(e.item for e in batch)
-    assert all(not e.reply.done() and e.deadline is None for e in batch)
-    assert all(e.deadline is not None and not e.reply.done() for e in late)
-    gone = [e for e in before if e not in batch and e not in late and e not in queue]
+    assert all(not e.reply.done() and e.begin_by is None for e in batch)
+    assert all(e.begin_by is not None and not e.reply.done() for e in late)
+    left = [*queue]
+    gone = [e for e in before if e not in batch and e not in late and e not in left]
     assert all(e.reply.done() for e in gone), "only abandoned entries may vanish"
-    assert [e.item for e in queue] == sorted(e.item for e in queue), "the rest keeps its order"
+    assert [e.item for e in left] == sorted(e.item for e in left), "the rest keeps its order"
     for taken in batch:
         overtaken = [e for e in live if e.item < taken.item and e not in batch]
         assert taken.length not in {e.length for e in overtaken}, (
@@ -81,7 +91,7 @@ def test_take_batch_is_never_idle(lengths: list[int], budget: Budget, window: in
     """A queue with live entries empties in at most as many batches as it has entries."""
     loop = asyncio.new_event_loop()
     try:
-        queue = deque(entries(loop, [Spec(length, False, False) for length in lengths]))
+        queue = queue_of(entries(loop, [Spec(length, False, False) for length in lengths]))
     finally:
         loop.close()
 

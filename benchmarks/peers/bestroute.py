@@ -26,7 +26,7 @@ def main() -> None:
         from benchmarks import synthetic
 
         synthetic.install(Cost.parse(os.environ[SYNTHETIC]))
-    app.run(settings)
+    app.run(lambda: settings)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from bestroute.config import ConfigInvalid
 from bestroute.config import Engine as EngineSettings
 from bestroute.errors import BundleInvalid
 from bestroute.execution import PROVIDERS, open_session, placement
+from bestroute.lane import Lane
 from bestroute.manifest import Precision
 
 _log = logging.getLogger(__name__)
@@ -34,6 +34,8 @@ _TYPICAL_LENGTH = 64
 _MEASURED_RUNS = 3
 _WIDE_FROM = 0.001
 """Seconds of a run from which it gains from a second thread."""
+_PATIENCE = 0.005
+"""Seconds that the event loop waits at most for a run that should be over in a tenth of that."""
 
 
 def cpus() -> int:
@@ -158,9 +160,8 @@ class Engine:
         # nothing: measured, a core that the event loop has to itself for a moment is worth more.
         self.concurrency = computed if on_cpu else computed + 1
         self._computing = threading.Semaphore(computed)
-        self._threads = ThreadPoolExecutor(
-            self.concurrency, thread_name_prefix=f"engine-{path.stem}"
-        )
+        self._name, self._closed = f"engine-{path.stem}", False
+        self._idle: list[Lane[list[Row]]] = []
 
     def run(self, inputs: Sequence[Sequence[int]]) -> list[Row]:
         """Run one batch at once, blocking.
@@ -180,13 +181,28 @@ class Engine:
 
     async def __call__(self, inputs: Sequence[Sequence[int]]) -> list[Row]:
         """Run one batch of several at once, on a thread of the engine."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, self._in_turn, self._lane, inputs)
+        return await self._free_lane().run(lambda: self._in_turn(self._lane, inputs))
 
     async def alone(self, inputs: Sequence[Sequence[int]]) -> list[Row]:
         """Run one batch with all cores; nothing else should run meanwhile."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, self._in_turn, self._wide, inputs)
+        return await self._free_lane().run(lambda: self._in_turn(self._wide, inputs))
+
+    def soon(self, inputs: Sequence[Sequence[int]]) -> "list[Row] | asyncio.Future[list[Row]]":
+        """Run one batch that is so small that the event loop waits for it.
+
+        Returns:
+            The rows; their future if, against all expectation, the run is not over in a moment.
+        """
+        return self._free_lane().run_soon(lambda: self.run(inputs), _PATIENCE)
+
+    def _free_lane(self) -> Lane[list[Row]]:
+        return self._idle.pop() if self._idle else Lane(self._name, self._freed)
+
+    def _freed(self, lane: Lane[list[Row]]) -> None:
+        if self._closed:
+            lane.end()
+        else:
+            self._idle.append(lane)
 
     def _in_turn(self, session: Any, inputs: Sequence[Sequence[int]]) -> list[Row]:
         feeds = _feeds(inputs)
@@ -197,7 +213,9 @@ class Engine:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._closed = True
+        while self._idle:
+            self._idle.pop().end()
 
 
 def warm_up_shapes(max_items: int, max_tokens: int, padded_tokens: int) -> list[tuple[int, int]]:

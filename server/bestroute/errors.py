@@ -1,11 +1,15 @@
-"""The five things that can go wrong, as the rest of the package names them.
+"""The nine things that can go wrong, as the rest of the package names them.
 
     BestrouteError
      +-- InvalidRequest      the caller's input; names the field        INVALID_ARGUMENT
      +-- Overloaded          the queue is full; try again later         RESOURCE_EXHAUSTED
+     |    +-- SpendLimitReached   the caller's money is spent           RESOURCE_EXHAUSTED
+     +-- PermissionDenied    the caller may not have what it asks for   PERMISSION_DENIED
+     +-- EngineStalled       the engine doesn't answer; try elsewhere   UNAVAILABLE
      +-- DeadlineExceeded    the caller's deadline can't be met         DEADLINE_EXCEEDED
      +-- ProviderFailed      no upstream LLM gave an answer             UNAVAILABLE
      +-- BundleInvalid       the bundle can't be served                 FAILED_PRECONDITION
+     +-- NotEnabled          this server isn't set up for that          UNIMPLEMENTED
 
 Anything else is a bug and reaches the caller as INTERNAL with a bland message. The codes are
 assigned in `bestroute.status`, the only module that knows both sides.
@@ -46,6 +50,26 @@ class Overloaded(BestrouteError):
         self.retry_after = retry_after
 
 
+class SpendLimitReached(Overloaded):
+    """The caller has spent what it may; `retry_after` is when it may spend more."""
+
+
+class PermissionDenied(BestrouteError):
+    """The caller is known, and may not have what it asks for."""
+
+
+class EngineStalled(BestrouteError):
+    """The engine has been given work and doesn't come back with it.
+
+    Args:
+        retry_after: seconds after which trying again makes sense.
+    """
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
 class DeadlineExceeded(BestrouteError):
     """The caller's deadline passed, or can't be met any more; no engine time was spent."""
 
@@ -56,3 +80,7 @@ class ProviderFailed(BestrouteError):
 
 class BundleInvalid(BestrouteError):
     """The bundle directory is missing, damaged or of another format; says which file and why."""
+
+
+class NotEnabled(BestrouteError):
+    """This server isn't set up for what was asked; the message says what to set."""

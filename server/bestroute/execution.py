@@ -114,7 +114,9 @@ def open_session(
         cache = settings.cache and engine_cache(settings.cache, path, max_items, max_tokens)
         extra = tensorrt_options(max_items, max_tokens, cache)
     try:
-        session = _session(str(path), provider, provider_options(provider, extra), threads)
+        # As bytes: with a path, weights in further files would be read, which have no digests.
+        network = path.read_bytes()
+        session = _session(network, provider, provider_options(provider, extra), threads)
     except Exception as error:  # ONNX Runtime's errors have no common base but this
         if reason := fault(provider):
             raise _unusable(provider, reason) from error
@@ -200,6 +202,10 @@ def _session(model: str | bytes, provider: str, options: Options, threads: int) 
     settings.log_severity_level = 3
     # Spinning threads steal the cores that tokenizing and gRPC need.
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Where bytes refer to further files, these are looked for: below what is no directory.
+    settings.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", os.devnull
+    )
     # Shapes vary per batch: patterns of past shapes would only hold memory.
     settings.enable_mem_pattern = False
     if provider == "cpu":

@@ -6,8 +6,7 @@ routed = await router.decide(Prompt.of("What is 2 + 2?"), Policy())
 
 import asyncio
 import logging
-import math
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -17,11 +16,11 @@ import numpy as np
 from bestroute.best_of_n import BestOfN, Event, Task
 from bestroute.bundle import DEFAULT_BUNDLE, Bundle
 from bestroute.call import ANYBODY, Call
+from bestroute.config import ConfigInvalid, Routing, Settings, instead
 from bestroute.config import Engine as EngineSettings
-from bestroute.config import Routing, Settings
 from bestroute.decision import Decision, Policy, Rules, rate_of
 from bestroute.engine import return_freed_memory
-from bestroute.errors import BestrouteError, BundleInvalid, ProviderFailed
+from bestroute.errors import BestrouteError, BundleInvalid, EngineStalled, ProviderFailed
 from bestroute.escalation import ByGate, ByReward, Escalation
 from bestroute.manifest import Arm, Manifest
 from bestroute.pricing import ModelPrice, prices
@@ -94,6 +93,7 @@ class Router:
         manifest: of the bundle it decides by.
         prices: of every model of the pool, by name.
         rules: the decision rule over the bundle's arms.
+        providers: where the LLMs are, and what they have been doing.
     """
 
     def __init__(
@@ -109,8 +109,9 @@ class Router:
         self.manifest, self.prices = manifest, prices
         self.rules = Rules(manifest, prices)
         self._router_model, self._reward_model = router_model, reward_model
-        self._served = providers.models
+        self.providers, self._served = providers, providers.models
         self._fail_open = routing.fail_open
+        self._fallbacks = _fallbacks(manifest, routing, self._served)
         self._recent = Recent[Reading](routing.cache_entries)
         of = manifest.reward
         self._best_of_n = BestOfN(
@@ -118,8 +119,23 @@ class Router:
         )
 
     def fault(self) -> str | None:
-        """Why requests can't be answered now; None if they can."""
+        """Why requests can't be answered now; None if they can.
+
+        A router network that fails is one reason, though Route is then answered with the reference.
+        """
+        for name, model in self.networks().items():
+            if (fault := model.fault()) is not None:
+                return f"the {name} network {fault}"
         return None
+
+    def networks(self) -> Mapping[str, TextModel]:
+        """The networks by what they are for: "router" and "reward"."""
+        return {"router": self._router_model, "reward": self._reward_model}
+
+    @property
+    def remembered(self) -> tuple[int, int]:
+        """How many prompts the router was asked before and still knew, and how many it didn't."""
+        return self._recent.hits, self._recent.misses
 
     async def decide(self, prompt: Prompt, policy: Policy, call: Call = ANYBODY) -> Routed:
         """Choose an arm for a prompt; no LLM is called.
@@ -132,17 +148,19 @@ class Router:
         Raises:
             InvalidRequest: the policy can't be followed.
             Overloaded: the queue is full.
+            EngineStalled: the router model doesn't come back, and the router isn't to fail open.
             DeadlineExceeded: the deadline passed before the router model ran.
         """
         self.rules.check(policy)
         try:
             reading, timing = await self._read(prompt.text, call)
-        except BestrouteError:
-            raise
-        except Exception:
-            if not self._fail_open:
+        except Exception as error:
+            stalled = isinstance(error, EngineStalled)
+            if not self._fail_open or (isinstance(error, BestrouteError) and not stalled):
                 raise
-            _log.exception("the router model failed; the reference answers")
+            # Of what nobody is answered the log has told, once.
+            if not stalled and self._router_model.fault() is None:
+                _log.exception("the router model failed; the reference answers")
             tokens = len(prompt.text) // _CHARACTERS_PER_TOKEN + 1
             return Routed(self.rules.without_router(tokens, policy), tokens, False, None)
         row, tokens, truncated = reading
@@ -152,15 +170,12 @@ class Router:
         """The router model's output for a prompt, which may be remembered.
 
         Raises:
-            ArithmeticError: it is no finite number.
+            Exception: as `TextModel.prompt`.
         """
         key = self._recent.key(text)
         if known := self._recent.get(key):
             return known, _REMEMBERED
         reading, timing = await self._router_model.prompt(text, call)
-        # One number that is finite if all are: predictions are far too small to overflow.
-        if not math.isfinite(reading.row.dot(reading.row)):
-            raise ArithmeticError(f"the router model gave {reading.row}")
         self._recent.put(key, reading)
         return reading, timing
 
@@ -171,8 +186,10 @@ class Router:
     async def generate(self, order: Order) -> AsyncGenerator[Routed | Event, None]:
         """Decide, draw the samples, score each as it ends: BEST-Route's Algorithm 1, end to end.
 
-        Only models that a provider serves are chosen. Gives the decision, then deltas and
-        candidates as they come, then the result. Close the generator to stop.
+        Only models that a provider serves are chosen, and none whose breaker is open, unless no
+        other is left. Where no sample is complete, the configured fallbacks are asked and then the
+        reference, the request's own arm notwithstanding. Gives the decision, then deltas, retries,
+        candidates and fallbacks as they come, then the result. Close the generator to stop.
 
         Raises:
             InvalidRequest: the policy or the arm can't be followed.
@@ -197,6 +214,7 @@ class Router:
             order.call,
             order.execution.early_stop,
             self._escalation(order, routed),
+            self._fallbacks_for(order.policy, routed),
         )
         yield routed
         async with aclosing(self._best_of_n.run(task)) as events:
@@ -208,14 +226,37 @@ class Router:
             wanted = order.policy.allowed_models
             names = (model.name for model in self.manifest.models)
             served = tuple(n for n in wanted or names if n in self._served)
+            well = tuple(filter(self.providers.available, served))
             self.rules.check(order.policy)  # before narrowing, so that the caller's names are told
-            policy = replace(order.policy, allowed_models=served)
+            policy = replace(order.policy, allowed_models=well or served)
             return await self.decide(order.prompt, policy, order.call)
         encoded = await self._router_model.encode(order.prompt.text)
         model, samples = order.arm
         tokens, gated = encoded.prompt_tokens, self._may_escalate(order)
         decision = self.rules.fixed(model, samples, tokens, order.policy, gated=gated)
         return Routed(decision, tokens, encoded.truncated, None)
+
+    def _fallbacks_for(self, policy: Policy, routed: Routed) -> tuple[str, ...]:
+        """Whom to ask if the decision's arm gives no answer, within the policy's limits.
+
+        As with decisions, the reference is always allowed, but not at any cost.
+        """
+        reference, allowed = self.manifest.reference_model, policy.allowed_models
+        plain = Policy(expected_output_tokens=policy.expected_output_tokens)
+
+        def affordable(model: str) -> bool:
+            if policy.max_cost_usd is None:
+                return True
+            single = self.rules.fixed(model, 1, routed.prompt_tokens, plain).arm
+            return single.estimated_cost_usd <= policy.max_cost_usd
+
+        return tuple(
+            model
+            for model in self._fallbacks
+            if (allowed is None or model in allowed or model == reference)
+            and model != routed.decision.arm.model
+            and affordable(model)
+        )
 
     def _may_escalate(self, order: Order) -> bool:
         return order.execution.escalate and self.manifest.reference_model in self._served
@@ -243,6 +284,26 @@ class Router:
         return (await self.score(prompt, answers, call)).rewards
 
 
+def _fallbacks(manifest: Manifest, routing: Routing, served: Collection[str]) -> tuple[str, ...]:
+    """The models to fall back on, in order; the reference last, if a provider serves it.
+
+    Raises:
+        ConfigInvalid: the pool lacks one, or no provider serves it.
+    """
+    pool = [model.name for model in manifest.models]
+    for name in routing.fallbacks:
+        if name not in pool:
+            raise ConfigInvalid(
+                f'[routing] fallbacks: "{name}" is not in the bundle' + instead(name, pool)
+            )
+        if name not in served:
+            raise ConfigInvalid(
+                f'[routing] fallbacks: no provider serves "{name}"; add [models."{name}"]'
+            )
+    last = manifest.reference_model
+    return tuple(dict.fromkeys((*routing.fallbacks, *((last,) if last in served else ()))))
+
+
 @asynccontextmanager
 async def open_router(settings: Settings) -> AsyncIterator[Router]:
     """Load the configured bundle, check that its networks agree with it, and serve it.
@@ -251,7 +312,8 @@ async def open_router(settings: Settings) -> AsyncIterator[Router]:
         BundleInvalid: the bundle is damaged, or its networks disagree with its golden outputs.
         ConfigInvalid: the settings don't fit the bundle or this machine.
     """
-    bundle = await asyncio.to_thread(Bundle.load, settings.bundle or DEFAULT_BUNDLE)
+    directory = settings.bundle or DEFAULT_BUNDLE
+    bundle = await asyncio.to_thread(Bundle.load, directory, settings.bundle_sha256)
     manifest = bundle.manifest
     model_prices = prices(manifest.models, settings)
     async with Providers(settings) as providers, _text_models(bundle, settings) as models:

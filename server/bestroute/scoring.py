@@ -43,11 +43,10 @@ async def score(
 
     Raises:
         Overloaded: the queue is full.
+        EngineStalled: the engine doesn't come back, or not in time.
         DeadlineExceeded: the deadline passed before the run.
         ArithmeticError: the reward model gave no finite number.
     """
     readings, timing = await model.answers(prompt.text, answers, call)
     rewards = tuple(float(reading.row[0]) for reading in readings)
-    if not np.isfinite(rewards).all():
-        raise ArithmeticError(f"the reward model gave {rewards}")
     return Scored(rewards, tuple(reading.truncated for reading in readings), timing)

@@ -5,18 +5,20 @@ The router and the reward model are both one of these.
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import NamedTuple, TypeVar
 
-from bestroute.batching import Batcher
+from bestroute.batching.batcher import Batcher
+from bestroute.batching.counts import Counts
 from bestroute.bundle import Bundle
 from bestroute.call import ANYBODY, Call
 from bestroute.config import Settings
 from bestroute.engine import Cost, Engine, Row, preferred_precisions, settled
-from bestroute.manifest import Network
+from bestroute.manifest import Network, RewardNetwork
 from bestroute.partition import Budget
 from bestroute.tokenizer import Encoded, Tokenizer
 
@@ -35,6 +37,8 @@ _CPU_WINDOW, _NOW_WINDOW, _GPU_WINDOW = 8, 16, 128
 """How many inputs a batch is made from: on a CPU, on one whose runs are so short that they are
 computed on the event loop, on a GPU. Where little is batched, a longer look gains little and has
 those of unusual length wait for many others."""
+_PROBE = "What is 2 + 2?"
+"""Any network has finite outputs for this."""
 
 
 class Timing(NamedTuple):
@@ -63,12 +67,20 @@ class Reading(NamedTuple):
 class TextModel:
     """Made by `load_text_model`; serves while it is `running`.
 
+    Args:
+        engine: the network.
+        tokenizer: its own.
+        settings: batching and who computes.
+        name: of the network, for traces and the log.
+
     Attributes:
         tokenizer: what turns texts into this network's inputs.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, settings: Settings) -> None:
-        self._engine, self.tokenizer = engine, tokenizer
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, settings: Settings, name: str = "network"
+    ) -> None:
+        self._engine, self.tokenizer, self._name = engine, tokenizer, name
         on_cpu = settings.engine.provider == "cpu"
         now_tokens = _now_tokens(engine.cost) if on_cpu else 0.0
 
@@ -86,8 +98,13 @@ class TextModel:
             max_queue=settings.batching.max_queue,
             in_flight=engine.concurrency,
             run_alone=alone if engine.is_wide else None,
-            run_now=lambda batch: engine.run([each.ids for each in batch]),
+            run_now=lambda batch: engine.soon([each.ids for each in batch]),
             now_tokens=now_tokens,
+            seconds=engine.cost.seconds,
+            # One number that is finite if all are: outputs are far too small to overflow.
+            sound=lambda row: math.isfinite(row.dot(row)),
+            probe=tokenizer.prompt(_PROBE),
+            name=name,
         )
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
@@ -97,6 +114,15 @@ class TextModel:
         with self._threads:
             async with self._engine, self._batcher.running():
                 yield
+
+    @property
+    def counts(self) -> Counts:
+        """What has been run, and what waits."""
+        return self._batcher.counts
+
+    def fault(self) -> str | None:
+        """Why nothing can be read now; None if it can."""
+        return self._batcher.fault()
 
     async def encode(self, text: str) -> Encoded:
         """Tokenize a prompt without running the network."""
@@ -111,11 +137,14 @@ class TextModel:
 
         Raises:
             Overloaded: the queue is full.
+            EngineStalled: the engine doesn't come back, or not in time.
             DeadlineExceeded: the deadline passed before the run.
+            ArithmeticError: the network gives no finite numbers for it.
         """
+        self._batcher.admit(call)
         start = time.monotonic()
         encoded = await self.encode(text)
-        tokenize = time.monotonic() - start
+        tokenize = self._tokenized(start, call)
         done = await self._batcher.submit(encoded, call)
         timing = Timing(tokenize, done.queued, done.ran, done.batch_size)
         return Reading(done.value, encoded.prompt_tokens, encoded.truncated), timing
@@ -124,10 +153,11 @@ class TextModel:
         self, prompt: str, answers: Sequence[str], call: Call = ANYBODY
     ) -> tuple[list[Reading], Timing]:
         """Read each answer with its prompt; raises as `prompt` does."""
+        self._batcher.admit(call, len(answers))
         start = time.monotonic()
         characters = len(prompt) + sum(map(len, answers))
         encoded = await self._off_loop(lambda: self.tokenizer.pairs(prompt, answers), characters)
-        tokenize = time.monotonic() - start
+        tokenize = self._tokenized(start, call)
         done = await self._batcher.submit_all(encoded, call)
         timing = Timing(
             tokenize,
@@ -144,6 +174,12 @@ class TextModel:
     def read_now(self, encoded: Encoded) -> Row:
         """Run one input at once, blocking, past the batcher: for checks before serving."""
         return self._engine.run([encoded.ids])[0]
+
+    def _tokenized(self, start: float, call: Call) -> float:
+        end = time.monotonic()
+        if call.trace is not None:
+            call.trace.record("tokenize", start, end, {"bestroute.network": self._name})
+        return end - start
 
     async def _off_loop(self, encode: Callable[[], T], characters: int) -> T:
         """Tokenize, on a thread if there is so much of it that the event loop would notice."""
@@ -177,7 +213,8 @@ async def load_text_model(
         wide=wide,
     )
     tokenizer = Tokenizer(bundle.tokenizer_path, max_tokens=network.max_tokens)
-    return TextModel(engine, tokenizer, settings)
+    name = "reward" if isinstance(network, RewardNetwork) else "router"
+    return TextModel(engine, tokenizer, settings, name)
 
 
 _NO_TIME = 1e-12
