@@ -25,6 +25,7 @@ from bestroute.errors import Overloaded, PermissionDenied, SpendLimitReached
 from bestroute.guard import allowance
 from bestroute.guard.allowance import Account, Allowances, Bill
 from bestroute.router import Router
+from bestroute.service import NAME
 from bestroute.status import status_of
 from bestroute.v1 import routing_pb2 as pb
 from bestroute.v1 import routing_pb2_grpc
@@ -144,6 +145,22 @@ async def test_each_message_of_a_stream_counts(settings: Settings) -> None:
         )
     assert sum(isinstance(answer, pb.RouteResponse) for answer in answers) == 3
     assert sum(isinstance(answer, Overloaded) for answer in answers) == 2
+
+
+async def test_messages_that_make_no_sense_count_as_well(settings: Settings) -> None:
+    callers = {"default": {"requests_per_second": SLOW, "burst": 3}}
+    async with (
+        serving(limited(settings, **callers)) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        method = f"/{NAME}/RouteStream"
+        stream = channel.stream_stream(method, bytes, pb.RouteStreamResponse.FromString)()
+        codes = []
+        for _ in range(5):
+            await stream.write(b"\xff")
+            codes.append((await stream.read()).error.code)
+        stream.cancel()
+    assert codes == [3] * 3 + [8] * 2, "INVALID_ARGUMENT, then RESOURCE_EXHAUSTED"
 
 
 async def test_another_connection_is_no_other_allowance(settings: Settings) -> None:

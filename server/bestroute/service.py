@@ -220,24 +220,23 @@ class RoutingService:
         message: pb.RouteStreamRequest | Malformed[pb.RouteStreamRequest],
         stream: Call,
     ) -> pb.RouteStreamResponse:
-        if isinstance(message, Malformed):
-            return pb.RouteStreamResponse(
-                request_id=message.request_id, error=status_of(message.error)
-            )
-        request_id = message.request.request_id
+        inner = message if isinstance(message, Malformed) else message.request
         began, code, failed = time.monotonic(), grpc.StatusCode.CANCELLED, None
         call = self._telemetry.message("RouteStream", stream)
         try:
             self._boundary.callers.admit(call)
+            if isinstance(message, Malformed):
+                raise message.error
             response = await self._route(message.request, call)
             code = grpc.StatusCode.OK
-            return pb.RouteStreamResponse(request_id=request_id, response=response)
+            return pb.RouteStreamResponse(request_id=inner.request_id, response=response)
         except Exception as error:
             failed = error
-            inside = error.within("request") if isinstance(error, InvalidRequest) else error
-            status = status_of(inside)
+            if isinstance(error, InvalidRequest) and inner is not message:
+                error = error.within("request")
+            status = status_of(error)
             code = code_of(status)
-            return pb.RouteStreamResponse(request_id=request_id, error=status)
+            return pb.RouteStreamResponse(request_id=inner.request_id, error=status)
         finally:
             seconds = time.monotonic() - began
             self._telemetry.answered("RouteStream", call, code, seconds, failed)

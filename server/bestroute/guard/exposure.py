@@ -26,6 +26,8 @@ def exposures(settings: Settings) -> Iterator[str]:
             continue  # who reads it will say so
         if mode & (stat.S_IROTH | stat.S_IWOTH):
             yield f"{key} {file} can be read by every user of this machine; chmod o= it"
+    if settings.metrics.listen is not None and not stays_here(settings.metrics.listen):
+        yield f"whoever can reach {settings.metrics.listen} may read the metrics"
     security, listen = settings.security, settings.server.listen
     if stays_here(listen):
         return

@@ -5,7 +5,8 @@ bestroute.v1: which LLM to ask, how many samples to draw, and which answer is be
 
 Conventions. Money is in US dollars (double). Durations are google.protobuf.Duration. Fractions
 are in [0, 1]: 0.01 is one per cent. A request that breaks the rules written beside a field is
-answered INVALID_ARGUMENT with a google.rpc.BadRequest that names the field. A full queue is
+answered INVALID_ARGUMENT with a google.rpc.BadRequest that names the field; so is a message of
+more than 8,192 fields (about 2,700 turns), or a request_id over 1,024 bytes. A full queue is
 RESOURCE_EXHAUSTED with google.rpc.RetryInfo; a server that warms up, shuts down or whose engine
 hangs is UNAVAILABLE. Under load, calls are served by the metadata `bestroute-priority` (high,
 normal, low; unset: normal), and within a class each caller gets its share.
