@@ -230,7 +230,7 @@ async def test_a_fallback_whose_breaker_is_open_is_passed_over(
 async def test_there_is_no_fallback_shortly_before_the_deadline(
     tiny_bundle: Path, wire: Wire, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(best_of_n, "CUT_BEFORE_DEADLINE", 30.0)
+    monkeypatch.setattr(best_of_n, "CUT_BEFORE_DEADLINE", 60.0)
     by_model(wire, small=DOWN, large=answers("late"))
     async with client_of(configured(tiny_bundle, wire.url)) as client:
         with pytest.raises(ProviderFailed, match="500 down"):

@@ -473,6 +473,21 @@ async def test_metadata_too_long_is_refused(settings: Settings) -> None:
         assert (await stub.Route(pb.RouteRequest(prompt="easy"), metadata=short)).arm.model
 
 
+async def test_calls_beyond_the_limit_of_a_connection_wait_and_none_fails(
+    settings: Settings,
+) -> None:
+    """Clients know the limit; calls that are just over must not count against it."""
+    server = settings.server.model_copy(update={"max_streams": 10})
+    async with (
+        serving(settings.model_copy(update={"server": server})) as running,
+        stub_of(running) as stub,
+    ):
+        for _ in range(3):
+            calls = [stub.Route(pb.RouteRequest(prompt=f"word{i}")) for i in range(200)]
+            codes = [await call.code() for call in calls]
+            assert set(codes) == {grpc.StatusCode.OK}
+
+
 async def test_a_connection_has_no_more_calls_under_way_than_it_may(settings: Settings) -> None:
     async with (
         serving(limited(settings, {"max_streams": 2})) as running,

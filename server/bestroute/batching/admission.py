@@ -67,27 +67,28 @@ class Admission:
         if stuck:
             self._counts.refused += items
             raise engine_stalled()
+        begin_by = deadline
+        if deadline is not None and waiting:
+            # The engine is spent only on what can still be in time when its run ends.
+            begin_by = deadline - self._pace.lasts(longest)
+            if now + self._wait(call) > begin_by:
+                raise self._overloaded(
+                    call,
+                    items,
+                    f"{self._queue.ahead(call)} requests are waiting already, which takes longer "
+                    f"than this one's deadline of {deadline - now:.3f} s",
+                )
+        # Last, so that nobody makes way for one that is refused.
         full = waiting + items > self._max_queue
         if not self.open or (full and not self._made_room(call, items)):
             raise self._overloaded(call, items, f"{waiting} requests are waiting already")
-        if deadline is None or not waiting:
-            return deadline
-        # The engine is spent only on what can still be in time when its run ends.
-        begin_by = deadline - self._pace.lasts(longest)
-        if now + self._wait(call) > begin_by:
-            raise self._overloaded(
-                call,
-                items,
-                f"{self._queue.ahead(call)} requests are waiting already, which takes longer than "
-                f"this one's deadline of {deadline - now:.3f} s",
-            )
         return begin_by
 
     def _made_room(self, call: Call, items: int) -> bool:
         """Whether others have made way for the items."""
         queue = self._queue
         while items <= self._max_queue < len(queue) + items:
-            evicted = queue.evict(call)
+            evicted = queue.evict(call, items)
             if evicted is None:
                 break
             others = "the server is full, and others have had less than their share of it"

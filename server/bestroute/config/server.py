@@ -22,9 +22,9 @@ class Server(Section):
             servers that are new, and show their certificates again; its calls get drain_timeout
             seconds to finish, and clients open another meanwhile. Unset: none is.
         max_pending: calls that may wait for the event loop to take them; beyond it gRPC ends calls
-            at once, as CANCELLED. Unset, they wait until their deadlines. Set it where callers have
-            deadlines and the event loop can be overloaded rather than the network, as with the
-            embedded router: to what it takes in a third of a deadline, say.
+            at once, as CANCELLED. Unset, it is gRPC's own limit of about a thousand. Set it where
+            callers have deadlines and the event loop can be overloaded rather than the network, as
+            with the embedded router: to what it takes in a third of a deadline, say.
         max_streams: calls that one connection may have under way; further ones wait at the client,
             so that a greedy one doesn't crowd out the others.
         stream_window: decisions that one RouteStream may have under way at once.
@@ -43,7 +43,7 @@ class Server(Section):
     max_connection_idle: Seconds | None = None
     max_connection_age: Seconds | None = None
     max_pending: Count | None = None
-    max_streams: Count = 256
+    max_streams: Count = 100
     stream_window: Count = 256
     drain_delay: Delay = 0.0
     drain_timeout: Delay = 30.0
