@@ -24,7 +24,8 @@ class Server(Section):
         max_pending: calls that may wait for the event loop to take them; beyond it gRPC ends calls
             at once, as CANCELLED. Unset, it is gRPC's own limit of about a thousand. Set it where
             callers have deadlines and the event loop can be overloaded rather than the network, as
-            with the embedded router: to what it takes in a third of a deadline, say.
+            with the embedded router: to what it takes in a third of a deadline, say. Calls beyond
+            max_streams are then refused, too, some as UNAVAILABLE, rather than made to wait.
         max_streams: calls that one connection may have under way; further ones wait at the client,
             so that a greedy one doesn't crowd out the others.
         stream_window: decisions that one RouteStream may have under way at once.
