@@ -55,6 +55,13 @@ bench-peers: $(VENV)/ready ## measure all: beside Triton, MLServer, Ray Serve, M
 	$(VENV)/bin/python -m benchmarks.ceiling
 	$(VENV)/bin/python -m benchmarks.overload --shape ngrams --server-cores 0 --load-cores 1
 	$(VENV)/bin/python -m benchmarks.overload --shape minilm
+	$(VENV)/bin/python -m benchmarks.fairness --shape minilm
+	BESTROUTE_SERVER__MAX_PENDING=1000 $(VENV)/bin/python -m benchmarks.fairness --shape ngrams \
+	  --max-streams 64 --server-cores 0 --load-cores 1
+	$(VENV)/bin/python -m benchmarks.telemetry
+	$(VENV)/bin/python -m benchmarks.fuzz
+	$(VENV)/bin/python -m benchmarks.soak
+	$(VENV)/bin/python -m benchmarks.broken --keep
 	$(VENV)/bin/python -m benchmarks.generate
 	$(VENV)/bin/python -m benchmarks.growth
 	$(VENV)/bin/python -m benchmarks.page
