@@ -369,9 +369,10 @@ PROMISES = [
         ("tests/test_tracing.py::test_cancellation_leaves_no_span_open",),
         "a span whose request was cancelled is not ended",
         "observe/spans.py",
-        "            self._span.set_status(StatusCode.ERROR)\n        self._span.end()",
-        "            pass\n        if code is not grpc.StatusCode.CANCELLED:\n"
-        "            self._span.end()",
+        "        if code in _FAULTS:\n"
+        "            self._span.set_status(StatusCode.ERROR)\n"
+        "        self._span.end()",
+        "        if code is not grpc.StatusCode.CANCELLED:\n            self._span.end()",
     ),
     Promise(
         SEEN,
