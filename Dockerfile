@@ -29,9 +29,11 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 FROM python:${PYTHON} AS requirements
 # "gpu,tensorrt" adds TensorRT, which comes from NVIDIA's own package index.
 ARG GPU_EXTRAS=gpu
+# In both images: JSON Web Tokens and traces. "jwt,otel,log" adds the decision log, 0.1 GB.
+ARG EXTRAS=jwt,otel
 WORKDIR /requirements
 COPY pyproject.toml .
-RUN for extras in cpu "${GPU_EXTRAS}"; do \
+RUN for extras in "cpu,${EXTRAS}" "${GPU_EXTRAS},${EXTRAS}"; do \
       python -c 'import sys, tomllib; \
                  project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
                  optional = project["optional-dependencies"]; \
@@ -53,12 +55,13 @@ ENV PATH=/opt/bestroute/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     BESTROUTE_SERVER__LISTEN=0.0.0.0:50051 \
+    BESTROUTE_METRICS__LISTEN=0.0.0.0:9464 \
     BESTROUTE_ENGINE__CACHE=/var/cache/bestroute
 LABEL org.opencontainers.image.title="bestroute" \
       org.opencontainers.image.description="Routes each prompt to the cheapest LLM and number of samples that matches your reference LLM" \
       org.opencontainers.image.licenses="Apache-2.0"
 STOPSIGNAL SIGTERM
-EXPOSE 50051
+EXPOSE 50051 9464
 VOLUME /var/cache/bestroute
 
 FROM base AS cpu

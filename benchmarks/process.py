@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
@@ -17,15 +17,20 @@ READ_ANEW: Mapping[str, str] = {"BESTROUTE_ROUTING__CACHE_ENTRIES": "0"}
 
 @contextmanager
 def served(
-    *flags: str | Path, environment: Mapping[str, str] | None = None
+    *flags: str | Path,
+    environment: Mapping[str, str] | None = None,
+    module: Sequence[str] = ("bestroute",),
+    read: Callable[[str], object] | None = None,
 ) -> Iterator[tuple["subprocess.Popen[str]", str]]:
     """Serve on a free port of loopback; gives the process and its address when ready.
 
     Args:
         flags: of `bestroute serve`, beside the address.
         environment: of the server, beside this process's own.
+        module: what has the command `serve`, with arguments that come before that.
+        read: is given each line of the log after the one that says it is ready.
     """
-    command = ["-m", "bestroute", "serve", "--listen", "127.0.0.1:0", *map(str, flags)]
+    command = ["-m", *module, "serve", "--listen", "127.0.0.1:0", *map(str, flags)]
     with subprocess.Popen(
         [sys.executable, *command],
         stderr=subprocess.PIPE,
@@ -34,7 +39,8 @@ def served(
     ) as server:
         assert server.stderr is not None
         # A server whose log nobody reads stands still once the pipe is full.
-        reading = Thread(target=deque, args=(server.stderr, 0))
+        lines = map(read, server.stderr) if read else server.stderr
+        reading = Thread(target=deque, args=(lines, 0))
         try:
             for line in server.stderr:
                 if found := READY.search(line.strip()):

@@ -28,12 +28,11 @@ import sys
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import Thread
 
 import grpc
 import numpy as np
@@ -44,6 +43,7 @@ from rich.table import Table
 from scipy.stats import theilslopes
 
 from benchmarks import record
+from benchmarks.process import served
 from benchmarks.soaking.upstream import upstream
 from bestroute.bundle import DEFAULT_BUNDLE, Bundle
 from bestroute.tokenizer import Tokenizer
@@ -57,8 +57,6 @@ SLACK: Mapping[str, float] = {"resident_mb": 0.03, "open_files": 0.1, "threads":
 """By how much of it a figure may rise from the second fifth of the time to the last."""
 _CONFIG = """
 bundle = "{bundle}"
-[server]
-listen = "127.0.0.1:0"
 [metrics]
 listen = "127.0.0.1:{metrics}"
 [routing]
@@ -172,7 +170,10 @@ async def _soak(seconds: float, stall: float, reload: float, kill: float) -> Soa
         metrics = _free_port()
         config = directory / "bestroute.toml"
         config.write_text(_CONFIG.format(bundle=link, url=url, metrics=metrics))
-        server, address = stack.enter_context(_serve(config, stall, soak.log))
+        module = ("benchmarks.soaking.server", "1", str(FAILING), str(stall))
+        server, address = stack.enter_context(
+            served("--config", config, module=module, read=_noting(soak.log))
+        )
         known = directory / "known.json"
         known.write_text(json.dumps(await _decisions(address)))
         deadline = time.monotonic() + seconds
@@ -220,36 +221,14 @@ def _free_port() -> int:
         return int(held.getsockname()[1])
 
 
-@contextmanager
-def _serve(
-    config: Path, stall: float, log: Counter[str]
-) -> Iterator[tuple["subprocess.Popen[str]", str]]:
-    """The server; counts the lines of its log by their level and what they begin with."""
-    command = [sys.executable, "-m", "benchmarks.soaking.server", "1", str(FAILING), str(stall)]
-    with subprocess.Popen(
-        [*command, "serve", "--config", str(config)], stderr=subprocess.PIPE, text=True
-    ) as server:
-        assert server.stderr is not None
-        errors = server.stderr
+def _noting(log: Counter[str]) -> Callable[[str], None]:
+    """What counts the lines of the server's log by their level and what they begin with."""
 
-        def read() -> None:
-            for line in errors:
-                if found := re.match(r"\S+ \S+ (\w+) (\S+ \S+ \S+ \S+)", line):
-                    log[f"{found[1]} {found[2]}"] += 1
+    def note(line: str) -> None:
+        if found := re.match(r"\S+ \S+ (\w+) (\S+ \S+ \S+ \S+)", line):
+            log[f"{found[1]} {found[2]}"] += 1
 
-        reading = Thread(target=read)
-        try:
-            for line in errors:
-                if found := re.search(r"serves bundle .* on (\S+:\d+)$", line.strip()):
-                    reading.start()
-                    yield server, found[1]
-                    break
-            else:
-                raise SystemExit("the server ended before it was ready")
-        finally:
-            server.terminate()
-            if reading.ident:
-                reading.join()
+    return note
 
 
 async def _decisions(address: str) -> dict[str, str]:
