@@ -51,6 +51,7 @@ from benchmarks.peers.running import Running
 from bestroute import app
 from bestroute.bundle import DEFAULT_BUNDLE, Bundle
 from bestroute.config import Routing, Server, Settings
+from bestroute.live import Live
 from bestroute.service import NAME
 from bestroute.tokenizer import Tokenizer
 from bestroute.v1 import routing_pb2 as pb
@@ -198,7 +199,8 @@ async def _echoing() -> AsyncIterator[app.Running]:
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
-        yield app.Running(f"127.0.0.1:{port}", "none")
+        # What serves here is no router.
+        yield app.Running(f"127.0.0.1:{port}", Live())
     finally:
         await server.stop(None)
 

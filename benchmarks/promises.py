@@ -45,7 +45,7 @@ PROMISES = [
     Promise(
         ENGINE,
         "A batch mate never gets another's answer.",
-        ("tests/test_batching_machine.py::test_whatever_happens_everyone_hears_once_and_in_time",),
+        ("tests/test_faults.py::test_under_load_everyone_gets_one_right_answer_in_time",),
         "outputs are given out in reverse",
         "batching/outcomes.py",
         "zip(batch, outputs, strict=True)",

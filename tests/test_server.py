@@ -315,7 +315,11 @@ async def test_calls_that_wait_for_the_loop_can_be_limited(settings: Settings) -
         codes = [await call.code() for call in calls]
         answers = [await call for call in calls if await call.code() is grpc.StatusCode.OK]
 
-    assert set(codes) == {grpc.StatusCode.OK, grpc.StatusCode.CANCELLED}
+    # UNAVAILABLE: beyond what one connection may have under way.
+    refused = {grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE}
+    assert grpc.StatusCode.OK in codes
+    assert set(codes) - {grpc.StatusCode.OK} <= refused
+    assert len(answers) < len(calls)
     assert all(answer.arm.model for answer in answers)
 
 
