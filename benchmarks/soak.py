@@ -150,7 +150,7 @@ def main() -> int:
     if not options.short:
         figures = {
             "trends": {name: asdict(each) for name, each in trends.items()},
-            **{name: value for name, value in asdict(soak).items() if name != "samples"},
+            **{name: value for name, value in vars(soak).items() if name != "samples"},
             "samples": [asdict(each) for each in soak.samples[:: max(1, len(counted) // 120)]],
             "passed": passed,
         }
