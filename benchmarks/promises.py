@@ -273,8 +273,8 @@ PROMISES = [
     ),
     Promise(
         RELOAD,
-        "SIGTERM in mid-batch answers everyone in a word.",
-        ("tests/test_faults.py::test_sigterm_in_mid_batch_answers_everyone_in_a_word",),
+        "SIGTERM lets what is under way end well, and refuses the rest in words.",
+        ("tests/test_server.py::test_sigterm_answers_what_is_in_flight_and_refuses_the_rest",),
         "what is under way gets no time to finish",
         "app.py",
         "await server.stop(limits.drain_timeout)",

@@ -177,7 +177,7 @@ async def test_a_watched_bundle_is_loaded_when_its_files_have_changed(
     with service(tmp_path, watched, BESTROUTE_WATCH_BUNDLE="true") as server:
         for file in files:
             shutil.copyfile(trading_bundle / file, watched / file)
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.6)  # so that some look finds it half done
         await until(server.logged("reloaded: serves bundle tiny trading-1"))
 
     assert not server.logged("not reloaded")()

@@ -143,6 +143,7 @@ async def test_sigterm_answers_what_is_in_flight_and_refuses_the_rest(
                 while code is grpc.StatusCode.OK:
                     async with grpc.aio.insecure_channel(address) as late:
                         code = await _code_of_a_late_call(late)
+            await asyncio.sleep(0.5)  # until it no longer says so: it only waits for what it has
             told_to_finish.set()
             rest = [event async for event in events]
 
