@@ -29,10 +29,6 @@ Out = TypeVar("Out")
 _TURNS, _BUSY_TURN = 32, 5e-6
 """Most turns of the event loop that small runs are put off for, and how many seconds a turn takes
 at least that had anything else to do."""
-_give_way = time.sleep
-"""With 0: lets go of Python's lock and of the core, and blocks for nothing."""
-_YIELDS = 3
-"""Of the first so many turns each gives other threads a chance to have something for the loop."""
 
 
 class Batcher(Generic[In, Out]):
@@ -221,13 +217,9 @@ class Batcher(Generic[In, Out]):
         """
         if not self._now_tokens or len(self._queue) >= self._window or self._turns == _TURNS:
             return False
-        if self._turns < _YIELDS:
-            # On one core, whoever takes calls off the wire has its turn only if this thread gives
-            # it up; else the loop looks idle, and most runs are of one item.
-            _give_way(0)
         last, self._turned = self._turned, time.perf_counter()
         self._turns += 1
-        return self._turns < _YIELDS or self._turned - last > _BUSY_TURN
+        return self._turns == 1 or self._turned - last > _BUSY_TURN
 
     def _start(self) -> None:
         """Run the next batch, and wait for it if it is small; else as a task."""
