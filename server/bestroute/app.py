@@ -11,7 +11,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from bestroute import service
+from bestroute.boundary import Boundary
 from bestroute.config import ConfigInvalid, Server, Settings
+from bestroute.desk import Desk
 from bestroute.guard import connections
 from bestroute.guard.authentication import authenticating
 from bestroute.guard.callers import Callers
@@ -103,8 +105,9 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
             ],
         )
         callers = Callers(settings.callers, settings.security)
-        routing = service.RoutingService(live, limits, callers, telemetry, traffic)
-        routing.add_to(server)
+        boundary = Boundary(callers, telemetry)
+        desk = Desk(live, callers, telemetry, traffic)
+        service.RoutingService(desk, limits, boundary).add_to(server)
         healths = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(healths, server)
         reflection.enable_server_reflection(
@@ -122,7 +125,7 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
                 following.cancel()
                 await _set_health(healths, NOT_SERVING)
                 await asyncio.sleep(limits.drain_delay)
-                routing.drain()
+                boundary.draining.set()
                 await asyncio.sleep(_REFUSING)
                 await server.stop(limits.drain_timeout)
 

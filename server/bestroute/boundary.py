@@ -27,7 +27,8 @@ class Boundary:
         telemetry: is told of every RPC.
 
     Attributes:
-        draining: set it to refuse new calls.
+        draining: set it to refuse new calls, and to end open streams once what was read from them
+            is answered.
     """
 
     def __init__(self, callers: Callers, telemetry: Telemetry) -> None:

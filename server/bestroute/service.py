@@ -9,19 +9,12 @@ from typing import Any
 import grpc
 
 from bestroute import convert
-from bestroute.best_of_n import Result
 from bestroute.boundary import Boundary
 from bestroute.call import Call
-from bestroute.candidate import Candidate
 from bestroute.config import Server
+from bestroute.desk import Decided, Desk
 from bestroute.errors import InvalidRequest
-from bestroute.guard.callers import Callers
-from bestroute.live import Live
-from bestroute.observe.telemetry import Telemetry
-from bestroute.pricing import cost
-from bestroute.router import Routed, Router
 from bestroute.status import Context, Draining, code_of, status_of
-from bestroute.traffic.traffic import Traffic
 from bestroute.upstream.completion import Delta
 from bestroute.v1 import routing_pb2 as pb
 from bestroute.wire import Malformed, decoder
@@ -33,19 +26,13 @@ class RoutingService:
     """The handlers of the service.
 
     Args:
-        live: the router that decides, scores and generates.
+        desk: where requests are served.
         limits: what a request may hold.
-        callers: who calls, and what they may have.
-        telemetry: is told what happens.
-        traffic: is told what is decided, and how it turns out.
+        boundary: what is around every RPC.
     """
 
-    def __init__(
-        self, live: Live, limits: Server, callers: Callers, telemetry: Telemetry, traffic: Traffic
-    ) -> None:
-        self._live, self._limits, self._telemetry = live, limits, telemetry
-        self._traffic = traffic
-        self._boundary = Boundary(callers, telemetry)
+    def __init__(self, desk: Desk, limits: Server, boundary: Boundary) -> None:
+        self._desk, self._limits, self._boundary = desk, limits, boundary
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Register every RPC, with decoders that name what is malformed."""
@@ -124,18 +111,12 @@ class RoutingService:
             # What was read is answered; whoever has asked more since then asks another server.
             raise Draining
 
-    def drain(self) -> None:
-        """Refuse new calls; end the open streams once what was read from them is answered."""
-        self._boundary.draining.set()
-
     async def score(self, request: pb.ScoreRequest, call: Call) -> pb.ScoreResponse:
         """Score given answers."""
         limits = self._limits
         prompt = convert.prompt(request, limits.max_prompt_bytes)
         answers = convert.answers(request, limits.max_responses, limits.max_prompt_bytes)
-        with self._live.using() as router:
-            scored = await router.score(prompt, answers, call)
-        self._telemetry.scored(scored, call)
+        scored, router = await self._desk.score(prompt, answers, call)
         return pb.ScoreResponse(
             request_id=request.request_id,
             rewards=scored.rewards,
@@ -152,35 +133,16 @@ class RoutingService:
         order = convert.order(request, self._limits, time.monotonic(), call)
         execution = request.execution
         with_deltas = execution.stream_deltas or not execution.HasField("stream_deltas")
-        routed: Routed | None = None
+        reference_cost = 0.0
         try:
-            with (
-                self._live.using() as router,
-                self._boundary.callers.bill(call) as bill,
-                self._traffic.generation(order) as generation,
-            ):
-                async with aclosing(router.generate(order)) as events:
-                    async for event in events:
-                        if isinstance(event, Routed):
-                            routed = event
-                            bill.expect(event.decision.arm.estimated_cost_usd)
-                            decision_id = generation.decided(event, router.manifest)
-                            yield pb.GenerateResponse(
-                                decision=self._response(
-                                    request.request, event, router, call, decision_id
-                                )
-                            )
-                            continue
-                        assert routed is not None, "the decision comes first"
-                        if isinstance(event, Candidate):
-                            bill.add(cost(event.usage, router.prices[event.model]))
-                        elif isinstance(event, Result):
-                            bill.total(event.cost_usd)
-                        self._telemetry.generated(event, routed, call)
-                        generation.happened(event)
-                        if with_deltas or not isinstance(event, Delta):
-                            reference = routed.decision.reference
-                            yield convert.event(event, reference.estimated_cost_usd)
+            async with aclosing(self._desk.generate(order)) as events:
+                async for event in events:
+                    if isinstance(event, Decided):
+                        reference_cost = event.routed.decision.reference.estimated_cost_usd
+                        decision = _response(request.request, event)
+                        yield pb.GenerateResponse(decision=decision)
+                    elif with_deltas or not isinstance(event, Delta):
+                        yield convert.event(event, reference_cost)
         except InvalidRequest as error:
             # The policy lies inside the request to route, the arm beside it.
             inside = error.field.startswith("policy")
@@ -188,12 +150,12 @@ class RoutingService:
 
     async def feedback(self, request: pb.FeedbackRequest, call: Call) -> pb.FeedbackResponse:
         """Take in how a decision turned out."""
-        self._traffic.feedback(request.decision_id, request.quality, request.source, call)
+        self._desk.traffic.feedback(request.decision_id, request.quality, request.source, call)
         return pb.FeedbackResponse()
 
     async def list_arms(self, request: pb.ListArmsRequest, call: Call) -> pb.ListArmsResponse:
         """List the pool, its prices and its calibration."""
-        router = self._live.router
+        router = self._desk.live.router
         manifest, prices = router.manifest, router.prices
         trade_offs = manifest.trade_offs
         return pb.ListArmsResponse(
@@ -222,7 +184,7 @@ class RoutingService:
     ) -> pb.RouteStreamResponse:
         inner = message if isinstance(message, Malformed) else message.request
         began, code, failed = time.monotonic(), grpc.StatusCode.CANCELLED, None
-        call = self._telemetry.message("RouteStream", stream)
+        call = self._desk.telemetry.message("RouteStream", stream)
         try:
             self._boundary.callers.admit(call)
             if isinstance(message, Malformed):
@@ -239,27 +201,21 @@ class RoutingService:
             return pb.RouteStreamResponse(request_id=inner.request_id, error=status)
         finally:
             seconds = time.monotonic() - began
-            self._telemetry.answered("RouteStream", call, code, seconds, failed)
+            self._desk.telemetry.answered("RouteStream", call, code, seconds, failed)
 
     async def _route(self, request: pb.RouteRequest, call: Call) -> pb.RouteResponse:
         prompt = convert.prompt(request, self._limits.max_prompt_bytes)
         policy = convert.policy(request.policy)
-        with self._live.using() as router:
-            routed = await router.decide(prompt, policy, call)
-        decision_id = self._traffic.decided(prompt, policy, routed, router.manifest, call)
-        return self._response(request, routed, router, call, decision_id)
+        return _response(request, await self._desk.decide(prompt, policy, call))
 
-    def _response(
-        self,
-        request: pb.RouteRequest,
-        routed: Routed,
-        router: Router,
-        call: Call,
-        decision_id: str,
-    ) -> pb.RouteResponse:
-        version, explain = router.manifest.version, request.explain
-        self._telemetry.routed(routed, call, version)
-        response = convert.route_response(request.request_id, routed, version, explain=explain)
-        if decision_id:
-            response.decision_id = decision_id
-        return response
+
+def _response(request: pb.RouteRequest, decided: Decided) -> pb.RouteResponse:
+    response = convert.route_response(
+        request.request_id,
+        decided.routed,
+        decided.router.manifest.version,
+        explain=request.explain,
+    )
+    if decided.decision_id:
+        response.decision_id = decided.decision_id
+    return response
