@@ -18,7 +18,7 @@ from bestroute.bundle import DEFAULT_BUNDLE, Bundle
 from bestroute.call import ANYBODY, Call
 from bestroute.config import ConfigInvalid, Routing, Settings, instead
 from bestroute.config import Engine as EngineSettings
-from bestroute.decision import Decision, Policy, Rules, rate_of
+from bestroute.decision import Decision, Option, Policy, Rules, rate_of
 from bestroute.engine import return_freed_memory
 from bestroute.errors import BestrouteError, BundleInvalid, EngineStalled, ProviderFailed
 from bestroute.escalation import ByGate, ByReward, Escalation
@@ -27,6 +27,7 @@ from bestroute.pricing import ModelPrice, prices
 from bestroute.prompt import Prompt
 from bestroute.recent import Recent
 from bestroute.scoring import Scored, score
+from bestroute.session import Session, Turn
 from bestroute.text_model import Reading, TextModel, Timing, load_text_model
 from bestroute.upstream.providers import Providers, Sampling
 
@@ -42,12 +43,16 @@ class Routed(NamedTuple):
         prompt_tokens: length of the prompt by the router's tokenizer, before any cut.
         truncated: whether the router read only the prompt's head and tail.
         timing: None where the router model failed.
+        turn: what the request's session did to it; None: it has none.
+        shadow: in shadow mode, what would have been run.
     """
 
     decision: Decision
     prompt_tokens: int
     truncated: bool
     timing: Timing | None
+    turn: Turn | None = None
+    shadow: Option | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,7 @@ class Order:
         arm: model and number of samples, to skip the routing; None decides.
         started: when the request arrived, as `time.monotonic()`.
         call: who asks, and until when.
+        session: that this is a turn of; None: it stands alone.
     """
 
     prompt: Prompt
@@ -84,6 +90,7 @@ class Order:
     arm: tuple[str, int] | None
     started: float
     call: Call = ANYBODY
+    session: Session | None = None
 
 
 class Router:

@@ -9,10 +9,14 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from bestroute.config.base import ConfigInvalid, Section, instead
+from bestroute.config.gateway import Gateway
 from bestroute.config.inference import Batching, Engine, Routing
+from bestroute.config.mesh import Mesh
 from bestroute.config.observability import Metrics, Tracing
+from bestroute.config.operations import Canary, Operations
 from bestroute.config.security import CallerLimits, Security
 from bestroute.config.server import Server
+from bestroute.config.sessions import Sessions
 from bestroute.config.traffic import DecisionLog
 from bestroute.config.upstream import Provider, ServedModel
 
@@ -25,6 +29,8 @@ class Settings(Section):
         bundle_sha256: digest that the bundle's manifest.json must have, as `bestroute bundle show`
             prints it; the manifest holds those of all other files.
         watch_bundle: load the bundle anew whenever its files change, once they have come to rest.
+        watch_config: read the configuration file anew whenever it changes, as SIGHUP has it done;
+            for where files are changed from outside, such as Kubernetes.
         log_level: of the server's log on stderr.
         log_format: text, or json: one object per line, with trace ids.
         access_log: log every RPC when it has ended: method, code, time and caller.
@@ -35,15 +41,21 @@ class Settings(Section):
     bundle: Path | None = None
     bundle_sha256: Annotated[str | None, Field(pattern="^[0-9a-f]{64}$")] = None
     watch_bundle: bool = False
+    watch_config: bool = False
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["text", "json"] = "text"
     access_log: bool = False
     server: Server = Server()
+    gateway: Gateway = Gateway()
+    mesh: Mesh = Mesh()
     security: Security = Security()
     callers: dict[str, CallerLimits] = Field(default_factory=dict)
     engine: Engine = Engine()
     batching: Batching = Batching()
     routing: Routing = Routing()
+    sessions: Sessions = Sessions()
+    operations: Operations = Operations()
+    canary: Canary = Canary()
     metrics: Metrics = Metrics()
     tracing: Tracing = Tracing()
     decision_log: DecisionLog = DecisionLog()

@@ -50,6 +50,8 @@ class _FallbackReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper.
     """The router model failed; the reference answers."""
     FALLBACK_REASON_SERVICE_UNREACHABLE: _FallbackReason.ValueType  # 4
     """The service could not be reached; set by the client library, with the caller's own fallback."""
+    FALLBACK_REASON_SHADOW: _FallbackReason.ValueType  # 5
+    """The server is in shadow mode, in which the reference always answers; see shadow_arm."""
 
 class FallbackReason(_FallbackReason, metaclass=_FallbackReasonEnumTypeWrapper):
     """Why a decision is not the cheapest arm that reaches the threshold or, in a trade-off, the arm that
@@ -70,7 +72,49 @@ FALLBACK_REASON_ROUTER_FAILED: FallbackReason.ValueType  # 3
 """The router model failed; the reference answers."""
 FALLBACK_REASON_SERVICE_UNREACHABLE: FallbackReason.ValueType  # 4
 """The service could not be reached; set by the client library, with the caller's own fallback."""
+FALLBACK_REASON_SHADOW: FallbackReason.ValueType  # 5
+"""The server is in shadow mode, in which the reference always answers; see shadow_arm."""
 Global___FallbackReason: typing_extensions.TypeAlias = FallbackReason
+
+class _SessionReason:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _SessionReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_SessionReason.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    SESSION_REASON_UNSPECIFIED: _SessionReason.ValueType  # 0
+    """There is no session."""
+    SESSION_REASON_NEW: _SessionReason.ValueType  # 1
+    """The session is new: there is nothing to stay with."""
+    SESSION_REASON_WORTH_MOST: _SessionReason.ValueType  # 2
+    """Stayed: no other arm is worth more, what the prompt cache saves included."""
+    SESSION_REASON_STICKY: _SessionReason.ValueType  # 3
+    """Stayed, since the session is sticky."""
+    SESSION_REASON_TOOL_TURN: _SessionReason.ValueType  # 4
+    """Stayed: a turn of tools, for which the decision of the user's last turn holds."""
+    SESSION_REASON_WORTH_CHANGING: _SessionReason.ValueType  # 5
+    """Changed: another arm is worth more, although the prompt cache is lost."""
+    SESSION_REASON_NOT_ALLOWED: _SessionReason.ValueType  # 6
+    """Changed: the former model may not be chosen any more: by the policy, or since it is out of order."""
+
+class SessionReason(_SessionReason, metaclass=_SessionReasonEnumTypeWrapper):
+    """Why the model of a session's turn is the former's, or another."""
+
+SESSION_REASON_UNSPECIFIED: SessionReason.ValueType  # 0
+"""There is no session."""
+SESSION_REASON_NEW: SessionReason.ValueType  # 1
+"""The session is new: there is nothing to stay with."""
+SESSION_REASON_WORTH_MOST: SessionReason.ValueType  # 2
+"""Stayed: no other arm is worth more, what the prompt cache saves included."""
+SESSION_REASON_STICKY: SessionReason.ValueType  # 3
+"""Stayed, since the session is sticky."""
+SESSION_REASON_TOOL_TURN: SessionReason.ValueType  # 4
+"""Stayed: a turn of tools, for which the decision of the user's last turn holds."""
+SESSION_REASON_WORTH_CHANGING: SessionReason.ValueType  # 5
+"""Changed: another arm is worth more, although the prompt cache is lost."""
+SESSION_REASON_NOT_ALLOWED: SessionReason.ValueType  # 6
+"""Changed: the former model may not be chosen any more: by the policy, or since it is out of order."""
+Global___SessionReason: typing_extensions.TypeAlias = SessionReason
 
 @typing.final
 class Message(google.protobuf.message.Message):
@@ -181,6 +225,33 @@ class RoutingPolicy(google.protobuf.message.Message):
 Global___RoutingPolicy: typing_extensions.TypeAlias = RoutingPolicy
 
 @typing.final
+class Session(google.protobuf.message.Message):
+    """What a request is a turn of: a conversation, or the loop of an agent."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ID_FIELD_NUMBER: builtins.int
+    STICKY_FIELD_NUMBER: builtins.int
+    id: builtins.str
+    """Chosen by the caller, 1 to 256 bytes; sessions of different callers never meet. A server knows
+    the sessions that it was asked about lately; one that it doesn't know begins anew.
+    """
+    sticky: builtins.bool
+    """Whether to stay with the session's model for as long as it may be chosen. Unset, another model is
+    taken where that is worth more, what the provider's prompt cache saves included.
+    """
+    def __init__(
+        self,
+        *,
+        id: builtins.str = ...,
+        sticky: builtins.bool = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["id", b"id", "sticky", b"sticky"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___Session: typing_extensions.TypeAlias = Session
+
+@typing.final
 class RouteRequest(google.protobuf.message.Message):
     """A prompt to decide about."""
 
@@ -191,6 +262,7 @@ class RouteRequest(google.protobuf.message.Message):
     MESSAGES_FIELD_NUMBER: builtins.int
     POLICY_FIELD_NUMBER: builtins.int
     EXPLAIN_FIELD_NUMBER: builtins.int
+    SESSION_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Chosen by the caller, echoed in the response; on a stream it should be unique."""
     prompt: builtins.str
@@ -205,6 +277,10 @@ class RouteRequest(google.protobuf.message.Message):
     def policy(self) -> Global___RoutingPolicy:
         """Target and limits of the decision; unset takes the defaults."""
 
+    @property
+    def session(self) -> Global___Session:
+        """The session that this is a turn of; unset, it stands alone."""
+
     def __init__(
         self,
         *,
@@ -213,10 +289,11 @@ class RouteRequest(google.protobuf.message.Message):
         messages: Global___Messages | None = ...,
         policy: Global___RoutingPolicy | None = ...,
         explain: builtins.bool = ...,
+        session: Global___Session | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["input", b"input", "messages", b"messages", "policy", b"policy", "prompt", b"prompt"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["input", b"input", "messages", b"messages", "policy", b"policy", "prompt", b"prompt", "session", b"session"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["explain", b"explain", "input", b"input", "messages", b"messages", "policy", b"policy", "prompt", b"prompt", "request_id", b"request_id"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["explain", b"explain", "input", b"input", "messages", b"messages", "policy", b"policy", "prompt", b"prompt", "request_id", b"request_id", "session", b"session"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: typing_extensions.TypeAlias = typing.Literal["prompt", "messages"]
     _WhichOneofArgType_input: typing_extensions.TypeAlias = typing.Literal["input", b"input"]
@@ -272,6 +349,41 @@ class Arm(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_gain) -> _WhichOneofReturnType__expected_gain | None: ...
 
 Global___Arm: typing_extensions.TypeAlias = Arm
+
+@typing.final
+class SessionTurn(google.protobuf.message.Message):
+    """What a session did to a decision."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TURN_FIELD_NUMBER: builtins.int
+    PREVIOUS_MODEL_FIELD_NUMBER: builtins.int
+    CHANGED_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: builtins.int
+    turn: builtins.int
+    """Which turn of the session this is, from 1."""
+    previous_model: builtins.str
+    """The model of the turn before; empty where there was none."""
+    changed: builtins.bool
+    """Whether the model is another than before."""
+    reason: Global___SessionReason.ValueType
+    """Why it is, or why not."""
+    cached_tokens: builtins.int
+    """Tokens of the prompt that the former model's provider is expected to have in its prompt cache."""
+    def __init__(
+        self,
+        *,
+        turn: builtins.int = ...,
+        previous_model: builtins.str = ...,
+        changed: builtins.bool = ...,
+        reason: Global___SessionReason.ValueType = ...,
+        cached_tokens: builtins.int = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["cached_tokens", b"cached_tokens", "changed", b"changed", "previous_model", b"previous_model", "reason", b"reason", "turn", b"turn"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___SessionTurn: typing_extensions.TypeAlias = SessionTurn
 
 @typing.final
 class Timing(google.protobuf.message.Message):
@@ -332,6 +444,8 @@ class RouteResponse(google.protobuf.message.Message):
     ARMS_FIELD_NUMBER: builtins.int
     QUALITY_PER_USD_FIELD_NUMBER: builtins.int
     DECISION_ID_FIELD_NUMBER: builtins.int
+    SESSION_FIELD_NUMBER: builtins.int
+    SHADOW_ARM_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """The request's id."""
     match_threshold: builtins.float
@@ -372,6 +486,14 @@ class RouteResponse(google.protobuf.message.Message):
     def arms(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Arm]:
         """Every arm of the bundle, if the request said explain."""
 
+    @property
+    def session(self) -> Global___SessionTurn:
+        """What the request's session did to the decision; unset where it has none."""
+
+    @property
+    def shadow_arm(self) -> Global___Arm:
+        """Set in shadow mode, in which the reference answers every request: what would have been run."""
+
     def __init__(
         self,
         *,
@@ -387,10 +509,12 @@ class RouteResponse(google.protobuf.message.Message):
         arms: collections.abc.Iterable[Global___Arm] | None = ...,
         quality_per_usd: builtins.float | None = ...,
         decision_id: builtins.str = ...,
+        session: Global___SessionTurn | None = ...,
+        shadow_arm: Global___Arm | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_quality_per_usd", b"_quality_per_usd", "arm", b"arm", "quality_per_usd", b"quality_per_usd", "reference", b"reference", "timing", b"timing"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_quality_per_usd", b"_quality_per_usd", "arm", b"arm", "quality_per_usd", b"quality_per_usd", "reference", b"reference", "session", b"session", "shadow_arm", b"shadow_arm", "timing", b"timing"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_quality_per_usd", b"_quality_per_usd", "arm", b"arm", "arms", b"arms", "bundle_version", b"bundle_version", "decision_id", b"decision_id", "fallback_reason", b"fallback_reason", "match_threshold", b"match_threshold", "prompt_tokens", b"prompt_tokens", "quality_per_usd", b"quality_per_usd", "reference", b"reference", "request_id", b"request_id", "timing", b"timing", "truncated", b"truncated"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_quality_per_usd", b"_quality_per_usd", "arm", b"arm", "arms", b"arms", "bundle_version", b"bundle_version", "decision_id", b"decision_id", "fallback_reason", b"fallback_reason", "match_threshold", b"match_threshold", "prompt_tokens", b"prompt_tokens", "quality_per_usd", b"quality_per_usd", "reference", b"reference", "request_id", b"request_id", "session", b"session", "shadow_arm", b"shadow_arm", "timing", b"timing", "truncated", b"truncated"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__quality_per_usd: typing_extensions.TypeAlias = typing.Literal["quality_per_usd"]
     _WhichOneofArgType__quality_per_usd: typing_extensions.TypeAlias = typing.Literal["_quality_per_usd", b"_quality_per_usd"]

@@ -1,0 +1,16 @@
+"""Settings for service meshes."""
+
+from bestroute.config.base import Section
+
+
+class Mesh(Section):
+    """What proxies are told and asked.
+
+    Attributes:
+        load_reports: send load reports (ORCA) with every response, for balancers that weigh by them.
+        external_processing: serve Envoy's ext_proc as well, on the same port: plain OpenAI requests
+            that pass through an Envoy are then routed by our decision.
+    """
+
+    load_reports: bool = False
+    external_processing: bool = False

@@ -1,0 +1,1 @@
+"""OpenAI-compatible HTTP API over the same router: chat completions, models, the web page."""

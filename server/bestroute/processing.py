@@ -1,0 +1,1 @@
+"""Envoy's external processing (ext_proc): plain OpenAI requests routed by our decision."""

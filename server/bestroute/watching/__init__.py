@@ -1,0 +1,1 @@
+"""`bestroute.v1.OperationsService`: what the server is doing now, for `bestroute top`."""
