@@ -9,7 +9,7 @@
 #   docker run --read-only --publish 50051:50051 --gpus all bestroute:gpu
 #
 # Settings come from BESTROUTE_* variables or `serve --config FILE`. Nothing is written at run time,
-# but compiled TensorRT engines to /var/cache/bestroute. `docker stop` kills after 10 s: give it
+# but the GPU image's compiled TensorRT engines to /var/cache/bestroute. `docker stop` kills after 10 s: give it
 # `--time 35`, which is as long as the server lets calls under way finish.
 #
 # Both images have the same base. The GPU image takes CUDA and cuDNN from the packages that
@@ -29,7 +29,8 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 FROM python:${PYTHON} AS requirements
 # "gpu,tensorrt" adds TensorRT, which comes from NVIDIA's own package index.
 ARG GPU_EXTRAS=gpu
-# In both images: JSON Web Tokens and traces. "jwt,otel,log" adds the decision log, 0.1 GB.
+# In both images: JSON Web Tokens and traces. "jwt,otel,log" adds the decision log, 0.1 GB;
+# "jwt,otel,kserve" what engine.provider = "kserve" needs to run networks on a Triton.
 ARG EXTRAS=jwt,otel
 WORKDIR /requirements
 COPY pyproject.toml .
@@ -55,14 +56,13 @@ ENV PATH=/opt/bestroute/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     BESTROUTE_SERVER__LISTEN=0.0.0.0:50051 \
-    BESTROUTE_METRICS__LISTEN=0.0.0.0:9464 \
-    BESTROUTE_ENGINE__CACHE=/var/cache/bestroute
+    BESTROUTE_METRICS__LISTEN=0.0.0.0:9464
 LABEL org.opencontainers.image.title="bestroute" \
       org.opencontainers.image.description="Routes each prompt to the cheapest LLM and number of samples that matches your reference LLM" \
       org.opencontainers.image.licenses="Apache-2.0"
 STOPSIGNAL SIGTERM
-EXPOSE 50051 9464
-VOLUME /var/cache/bestroute
+# gRPC, metrics; and OpenAI's API, where `[gateway] listen` asks for it.
+EXPOSE 50051 9464 8080
 
 FROM base AS cpu
 RUN --mount=type=bind,from=requirements,source=/requirements,target=/requirements \
@@ -87,8 +87,10 @@ RUN find /opt/bestroute -type d \( -path '*/nvidia/*/lib' -o -name tensorrt_libs
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     pip --python /opt/bestroute install --no-cache-dir --no-deps /wheels/*.whl
 ENV BESTROUTE_ENGINE__PROVIDER=cuda \
+    BESTROUTE_ENGINE__CACHE=/var/cache/bestroute \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
+VOLUME /var/cache/bestroute
 USER 65532:65532
 # TensorRT compiles for minutes before the server listens, unless the cache has what it made before.
 HEALTHCHECK --interval=15s --timeout=5s --start-period=15m \

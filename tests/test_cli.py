@@ -497,7 +497,19 @@ async def test_a_reader_who_has_seen_enough(tiny_bundle: Path) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["", "serve", "route", "score", "generate", "doctor", "bundle", "bundle show", "bundle verify"],
+    [
+        "",
+        "serve",
+        "route",
+        "score",
+        "generate",
+        "doctor",
+        "top",
+        "health",
+        "bundle",
+        "bundle show",
+        "bundle verify",
+    ],
 )
 async def test_help_has_examples_that_parse(
     run: Run, command: str, monkeypatch: pytest.MonkeyPatch
@@ -532,7 +544,7 @@ async def test_doctor_finds_all_well(ask: Run) -> None:
 async def test_doctor_tries_every_provider(ask: Run) -> None:
     done = await ask("doctor")
 
-    found = [line.split(maxsplit=1) for line in done.out.splitlines()[3:]]
+    found = [line.split(maxsplit=1) for line in done.out.splitlines()[-3:]]
     assert [name for name, _ in found] == ["cpu", "cuda", "tensorrt"]
     assert found[0][1] == "runs networks here"
     if PROVIDERS["cuda"] not in onnxruntime.get_available_providers():
@@ -545,7 +557,7 @@ async def test_doctor_says_it_in_json(ask: Run, run: Run) -> None:
     assert (well.code, well.err, away.code, away.err) == (0, "", 1, "")
     found, lost = json.loads(well.out), json.loads(away.out)
     assert (found["well"], lost["well"], lost["address"]) == (True, False, REFUSED)
-    assert [check["passed"] for check in found["checks"]] == [True] * 3
+    assert {check["passed"] for check in found["checks"]} == {True}
     assert "can't be reached" in lost["checks"][0]["finding"]
     assert found["providers"] == lost["providers"]
     assert found["providers"][0] == {"provider": "cpu", "fault": None}

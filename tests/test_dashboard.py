@@ -70,7 +70,7 @@ def series(text: str) -> set[str]:
     """Names that the families of a scrape have in queries, whether or not any is there by now."""
     names = set[str]()
     for family, kind in re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE):
-        suffixes = ("_bucket", "_sum", "_count") if kind == "histogram" else ("",)
+        suffixes = ("_bucket", "_sum", "_count") if kind in ("histogram", "summary") else ("",)
         names |= {family + suffix for suffix in suffixes}
     return names
 

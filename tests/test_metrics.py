@@ -104,7 +104,8 @@ async def test_a_scrape_tells_of_the_networks(
     assert found.get("bestroute_queue_depth", network="router") == 0
     assert found.get("bestroute_engine_stalls_total", network="router") == 0
     assert found.get("bestroute_serving") == 1
-    assert found.get("bestroute_bundle_info", name="tiny", version="tiny-1") == 1
+    info = {"role": "stable", "name": "tiny", "version": "tiny-1"}
+    assert found.get("bestroute_bundle_info", **info) == 1
     assert (found.get("bestroute_event_loop_lag_seconds_count") or 0) > 0
     assert (found.get("process_resident_memory_bytes") or 0) > 1e6
 
@@ -264,7 +265,8 @@ async def test_counters_do_not_fall_when_another_router_takes_over(
             assert after.samples[name, labels] >= before.samples[name, labels], (name, labels)
     assert after.get("bestroute_network_inputs_total", network="router") == 6
     assert after.get("bestroute_bundle_reloads_total", result="ok") == 1
-    assert after.get("bestroute_bundle_info", name="tiny", version="trading-1") == 1
+    info = {"role": "stable", "name": "tiny", "version": "trading-1"}
+    assert after.get("bestroute_bundle_info", **info) == 1
     assert len(after.all("bestroute_bundle_info")) == 1
 
 
@@ -277,7 +279,8 @@ async def test_a_reload_that_fails_is_counted(
     found = await scraped(server)
 
     assert found.get("bestroute_bundle_reloads_total", result="failed") == 1
-    assert found.get("bestroute_bundle_info", name="tiny", version="tiny-1") == 1
+    info = {"role": "stable", "name": "tiny", "version": "tiny-1"}
+    assert found.get("bestroute_bundle_info", **info) == 1
 
 
 async def test_a_scrape_is_answered_while_the_event_loop_is_not(server: Running) -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from proto.generate import generate
+from proto.generate import SOURCES, generate
 
 ROOT = Path(__file__).parents[1]
-STUBS = ROOT / "server" / "bestroute" / "v1"
+SERVER = ROOT / "server"
 
 
 def test_committed_stubs_are_up_to_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,6 +18,6 @@ def test_committed_stubs_are_up_to_date(tmp_path: Path, monkeypatch: pytest.Monk
 
     generate(tmp_path)
 
-    made = {path.name: path.read_bytes() for path in (tmp_path / "bestroute" / "v1").iterdir()}
-    assert len(made) == 4
-    assert made == {name: (STUBS / name).read_bytes() for name in made}
+    made = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*.py*")}
+    assert len(made) == 4 * len(SOURCES)
+    assert made == {name: (SERVER / name).read_bytes() for name in made}

@@ -273,8 +273,8 @@ def test_only_settings_of_the_process_cannot_be_changed() -> None:
     former = Settings()
 
     assert unchangeable(former, Settings(bundle=Path("other"), models={})) == []
-    assert unchangeable(former, Settings(log_level="DEBUG", server=Server(workers=2))) == [
-        "log_level",
+    assert unchangeable(former, Settings(log_format="json", server=Server(workers=2))) == [
+        "log_format",
         "server",
     ]
 

@@ -98,7 +98,8 @@ async def test_targets_are_read_off_the_calibration_curve(stub: "RoutingServiceA
 
 
 async def test_a_conversation_is_one_prompt(stub: "RoutingServiceAsyncStub") -> None:
-    turns = [pb.Message(role="user", content="easy"), pb.Message(role="assistant", content="hard")]
+    said = [("user", "easy"), ("assistant", "hard"), ("user", "word1")]
+    turns = [pb.Message(role=role, content=content) for role, content in said]
     conversation = pb.Messages(messages=turns)
 
     response = await stub.Route(pb.RouteRequest(messages=conversation, explain=True))

@@ -298,7 +298,7 @@ async def test_whoever_has_left_is_told_nothing_and_nothing_is_logged(
         def done(self) -> bool:
             return left
 
-    report = SimpleNamespace(code=None)
+    report = SimpleNamespace(code=None, trailer=())
     with pytest.raises(raised):
         await abort(Gone(), InvalidRequest("prompt", "must not be empty"), report)  # type: ignore[arg-type]
 

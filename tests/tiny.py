@@ -84,11 +84,16 @@ def write(
     version: str = "tiny-1",
     max_tokens: int = 32,
     gates: Sequence[manifests.Gate] = (),
+    shift: float = 0.0,
 ) -> Path:
-    """Write the bundle to a directory that exists, and return it."""
-    golden = manifests.GoldenRoute(prompt="easy", probabilities=probabilities(4.0))
-    heads = [Head(WORDS, BIAS, "Sigmoid")]
-    return _write(directory, heads, golden, None, version, max_tokens, gates)
+    """Write the bundle to a directory that exists, and return it.
+
+    The shift is added to every logit and to every reward, so that bundles can be told apart by
+    their numbers.
+    """
+    golden = manifests.GoldenRoute(prompt="easy", probabilities=probabilities(4.0 + shift))
+    heads = [Head(WORDS, [bias + shift for bias in BIAS], "Sigmoid")]
+    return _write(directory, heads, golden, None, version, max_tokens, gates, shift)
 
 
 def write_trading(directory: Path, *, gates: Sequence[manifests.Gate] = ()) -> Path:
@@ -129,10 +134,11 @@ def _write(
     version: str,
     max_tokens: int,
     gates: Sequence[manifests.Gate],
+    shift: float = 0.0,
 ) -> Path:
     tokenizer = _tokenizer(directory / "tokenizer.json")
     _network(directory / "router.onnx", tokenizer, heads)
-    _network(directory / "reward.onnx", tokenizer, [Head(WORDS, [0.0], "Identity")])
+    _network(directory / "reward.onnx", tokenizer, [Head(WORDS, [shift], "Identity")])
 
     def network(name: str) -> dict[manifests.Precision, manifests.File]:
         return {"fp32": manifests.File.of(directory / name)}
@@ -167,7 +173,9 @@ def _write(
         golden=manifests.Golden(
             tolerance=1e-4,
             router=[golden],
-            reward=[manifests.GoldenReward(prompt="word1", response="good good", reward=2.0)],
+            reward=[
+                manifests.GoldenReward(prompt="word1", response="good good", reward=2.0 + shift)
+            ],
         ),
     ).write(directory)
     return directory

@@ -95,6 +95,7 @@ class Wire:
         reply: gives the reply to a request; may be set, and then `replies` means nothing.
         heads: of the requests, and
         bodies: what else they said.
+        raw: the same, as bytes.
         connections: open ones.
     """
 
@@ -102,6 +103,7 @@ class Wire:
         self.replies: list[Sequence[bytes | float]] = []
         self.heads: list[bytes] = []
         self.bodies: list[dict[str, Any]] = []
+        self.raw: list[bytes] = []
         self.reply: Callable[[dict[str, Any]], Sequence[bytes | float]] = self._in_turn
         self.connections = 0
         self.url = ""
@@ -124,6 +126,7 @@ class Wire:
             reply = self.reply(request)
             self.heads.append(head)
             self.bodies.append(request)
+            self.raw.append(body)
             for piece in reply:
                 if isinstance(piece, bytes):
                     writer.write(piece)

@@ -37,7 +37,7 @@ from bestroute_export.importing import import_reward
 from bestroute_export.pipeline import QUALITY_DROP, Pipeline
 from bestroute_export.recipe import ENCODER_ROUTER, Recipe, installed_backbone
 from bestroute_export.traffic_command import add_import_log
-from bestroute_export.triton import write_repository
+from bestroute_export.triton import BACKENDS, PREFERRED, write_repository
 from bestroute_export.validate.check import check_file
 from bestroute_export.validate.view import show
 from bestroute_export.values import ValueConfig
@@ -170,8 +170,13 @@ def take_in(options: argparse.Namespace, console: Console) -> None:
 
 def convert(options: argparse.Namespace, console: Console) -> None:
     """Write a bundle's networks in another server's form."""
-    write_repository(Bundle.load(options.bundle), options.triton)
-    console.print(f"models router and reward in {options.triton}", highlight=False)
+    names = write_repository(
+        Bundle.load(options.bundle),
+        options.triton,
+        backend=options.backend,
+        precision=options.precision,
+    )
+    console.print(f"models {' and '.join(names)} in {options.triton}", highlight=False)
 
 
 Step = Callable[[Pipeline, argparse.Namespace, Console], None]
@@ -250,6 +255,18 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("bundle", type=Path, nargs="?", default=DEFAULT_BUNDLE)
     command.add_argument(
         "--triton", type=Path, required=True, metavar="DIR", help="as a Triton model repository"
+    )
+    command.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default=BACKENDS[0],
+        help="what runs them there; python: where Triton was built without ONNX Runtime, which its "
+        "Python then needs (default: onnxruntime)",
+    )
+    command.add_argument(
+        "--precision",
+        choices=PREFERRED,
+        help="which of the bundle's files (default: the first it has of fp16, fp32, int8)",
     )
     command.set_defaults(alone=convert)
     command = commands.add_parser(

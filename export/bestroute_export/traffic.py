@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow
 from pyarrow import parquet
 
-from bestroute.traffic.schema import DECISION, DECISIONS, FEEDBACK, FEEDBACK_ROW
+from bestroute.traffic.schema import ADDED, DECISION, DECISIONS, FEEDBACK, FEEDBACK_ROW
 from bestroute_export.data import DataError
 from bestroute_export.evaluate import calibration_error
 
@@ -187,12 +187,21 @@ def _decisions(directory: Path) -> Iterator[Row]:
         )
 
 
+def _completed(batch: pyarrow.RecordBatch, schema: pyarrow.Schema) -> pyarrow.RecordBatch:
+    """The batch with the columns that it has from a time before there were some of the schema's."""
+    names = set(batch.schema.names)
+    for index, field in enumerate(schema):
+        if field.name in ADDED - names:
+            batch = batch.add_column(index, field, pyarrow.nulls(len(batch), field.type))
+    return batch
+
+
 def _rows(directory: Path, kind: str, schema: pyarrow.Schema) -> Iterator[Row]:
     for path in sorted(directory.glob(f"{kind}-*.parquet")):
         try:
             with parquet.ParquetFile(path) as file:
                 for batch in file.iter_batches(_BATCH):
-                    yield from batch.cast(schema).to_pylist()
+                    yield from _completed(batch, schema).cast(schema).to_pylist()
         except FileNotFoundError:
             continue  # the server has made room since
         except (OSError, ValueError, pyarrow.ArrowException) as error:

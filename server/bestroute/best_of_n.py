@@ -17,6 +17,7 @@ from bestroute.errors import DeadlineExceeded, ProviderFailed
 from bestroute.escalation import Escalation
 from bestroute.pricing import ModelPrice, cost
 from bestroute.prompt import Prompt
+from bestroute.tasks import emitted
 from bestroute.upstream.completion import CANCELLED, Delta, Ended, Finished, Retried
 from bestroute.upstream.completion import Event as Progress
 from bestroute.upstream.providers import Providers, Sampling
@@ -136,7 +137,7 @@ class BestOfN:
     accept_reward: float | None
     agreement_bonus: float
 
-    async def run(self, task: Task) -> AsyncGenerator[Event, None]:
+    def run(self, task: Task) -> AsyncGenerator[Event, None]:
         """Answer a prompt: deltas, retries, candidates and fallbacks as they come, last the result.
 
         Close the generator to stop: when `aclose` returns, every upstream connection is closed.
@@ -148,17 +149,7 @@ class BestOfN:
             ProviderFailed: every candidate failed; has the providers' words.
             DeadlineExceeded: the deadline came before any candidate was complete.
         """
-        events: asyncio.Queue[Event | None] = asyncio.Queue()
-        # In a task of its own, because a generator must not yield inside a TaskGroup or a timeout.
-        run = asyncio.create_task(_Run(self, task, events.put_nowait).run())
-        run.add_done_callback(lambda _: events.put_nowait(None))
-        try:
-            while (event := await events.get()) is not None:
-                yield event
-            await run
-        finally:
-            run.cancel()
-            await asyncio.gather(run, return_exceptions=True)
+        return emitted(lambda emit: _Run(self, task, emit).run())
 
 
 class _Draft:

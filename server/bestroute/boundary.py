@@ -12,6 +12,7 @@ from google.protobuf.message import Message
 from bestroute.call import Call
 from bestroute.guard.callers import Callers
 from bestroute.observe.telemetry import Telemetry
+from bestroute.orca import Trailer
 from bestroute.status import Context, Draining, abort
 from bestroute.wire import Malformed
 
@@ -41,7 +42,7 @@ class Boundary:
         """A handler of one request and one response."""
 
         async def rpc(request: RequestT | Malformed[RequestT], context: Context) -> ResponseT:
-            with _Report(self._telemetry, method) as report:
+            with Report(self._telemetry, method, context) as report:
                 try:
                     call = report.call = self._admitted(method, context)
                     if isinstance(request, Malformed):
@@ -60,7 +61,7 @@ class Boundary:
         async def rpc(
             request: RequestT | Malformed[RequestT], context: Context
         ) -> AsyncIterator[ResponseT]:
-            with _Report(self._telemetry, method) as report:
+            with Report(self._telemetry, method, context) as report:
                 try:
                     call = report.call = self._admitted(method, context)
                     if isinstance(request, Malformed):
@@ -85,7 +86,7 @@ class Boundary:
         async def rpc(
             requests: AsyncIterator[RequestT | Malformed[RequestT]], context: Context
         ) -> None:
-            with _Report(self._telemetry, method) as report:
+            with Report(self._telemetry, method, context) as report:
                 try:
                     call = report.call = self._identified(method, context)
                     await handle(requests, context, call)
@@ -106,8 +107,8 @@ class Boundary:
         return self._telemetry.begun(method, call, context.invocation_metadata() or ())
 
 
-class _Report:
-    """Tells the telemetry of one RPC, however it ends.
+class Report:
+    """Tells the telemetry of one RPC, or of an HTTP request, however it ends.
 
     Attributes:
         call: whose it is, once that is known.
@@ -115,19 +116,27 @@ class _Report:
         error: why, likewise.
     """
 
-    __slots__ = ("_begun", "_method", "_telemetry", "call", "code", "error")
+    __slots__ = ("_begun", "_context", "_method", "_telemetry", "call", "code", "error")
 
-    def __init__(self, telemetry: Telemetry, method: str) -> None:
-        self._telemetry, self._method = telemetry, method
+    def __init__(self, telemetry: Telemetry, method: str, context: Context | None = None) -> None:
+        self._telemetry, self._method, self._context = telemetry, method, context
         self._begun = time.monotonic()
         self.call: Call | None = None
         self.code: grpc.StatusCode | None = None
         self.error: Exception | None = None
 
-    def __enter__(self) -> "_Report":
+    @property
+    def trailer(self) -> Trailer:
+        """What the balancer is told with the call's end."""
+        load = self._telemetry.load
+        return () if load is None else load.trailer
+
+    def __enter__(self) -> "Report":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         code = self.code or (grpc.StatusCode.OK if kind is None else grpc.StatusCode.CANCELLED)
         seconds = time.monotonic() - self._begun
         self._telemetry.ended(self._method, self.call, code, seconds, self.error)
+        if kind is None and self._telemetry.load is not None and self._context is not None:
+            self._context.set_trailing_metadata(self._telemetry.load.trailer)

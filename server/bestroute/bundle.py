@@ -30,6 +30,7 @@ from bestroute.errors import BundleInvalid
 from bestroute.manifest import MANIFEST, File, Manifest, Network, Precision, sha256
 
 DEFAULT_BUNDLE = Path(__file__).parent / "bundles" / "default"
+Fingerprint = tuple[tuple[str, int, int, int], ...]
 _MOST_BYTES = 16 * 2**20
 """Of a manifest; the embedded bundle's has 60 KB."""
 
@@ -108,6 +109,15 @@ class Bundle:
         )
 
 
+def fingerprint(directory: Path) -> Fingerprint:
+    """What shows that files of a bundle were changed; empty where there is none."""
+    try:
+        stats = [(path.name, path.stat()) for path in sorted(directory.iterdir())]
+    except OSError:
+        return ()
+    return tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+
+
 def digest(directory: Path) -> str:
     """What stands for a bundle and can be pinned: the SHA-256 of its manifest, in hex.
 
@@ -115,6 +125,18 @@ def digest(directory: Path) -> str:
         BundleInvalid: there is no manifest to read.
     """
     return hashlib.sha256(_read(directory / MANIFEST)).hexdigest()
+
+
+def served_name(network: str, sha256: str) -> str:
+    """What a model server calls a bundle's network.
+
+    A name per bundle: one server can have several, and none is ever taken for another.
+
+    Args:
+        network: "router" or "reward".
+        sha256: what `digest` says.
+    """
+    return f"{network}-{sha256[:12]}"
 
 
 def read_manifest(directory: Path, sha256: str | None = None) -> Manifest:

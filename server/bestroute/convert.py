@@ -11,10 +11,12 @@ from bestroute.call import Call
 from bestroute.candidate import Candidate
 from bestroute.config import Server
 from bestroute.decision import Fallback, Option, Policy, Rate, Threshold
+from bestroute.disabled import NOTHING, Disabled
 from bestroute.errors import InvalidRequest
 from bestroute.manifest import Gate, TradeOffs
 from bestroute.prompt import ROLES, Message, Prompt
 from bestroute.router import Execution, Order, Routed
+from bestroute.session import Reason, Session, Turn
 from bestroute.status import status_of
 from bestroute.text_model import Timing
 from bestroute.upstream.completion import Delta, Retried
@@ -27,11 +29,17 @@ _FALLBACKS: dict[Fallback | None, pb.FallbackReason.ValueType] = {
     Fallback.BELOW_THRESHOLD: pb.FALLBACK_REASON_BELOW_THRESHOLD,
     Fallback.OVER_BUDGET: pb.FALLBACK_REASON_OVER_BUDGET,
     Fallback.ROUTER_FAILED: pb.FALLBACK_REASON_ROUTER_FAILED,
+    Fallback.SHADOW: pb.FALLBACK_REASON_SHADOW,
+}
+_REASONS: dict[Reason, pb.SessionReason.ValueType] = {
+    reason: pb.SessionReason.Value(f"SESSION_REASON_{reason.name}") for reason in Reason
 }
 _DEFAULT = Policy()
 _MOST_NAMES = 256
 """Models that a policy may name; policies are remembered."""
 _MOST_NAME = 256
+_MOST_SESSION_ID = 256
+"""Bytes."""
 _MOST_STOPS, _MOST_STOP = 64, 1024
 """Strings that may end an answer, and the characters of one."""
 
@@ -107,6 +115,20 @@ def policy(message: pb.RoutingPolicy) -> Policy:
     )
 
 
+def session(request: pb.RouteRequest) -> Session | None:
+    """What the request is a turn of; None: it stands alone.
+
+    Raises:
+        InvalidRequest: the session's id is empty or too long.
+    """
+    if not request.HasField("session"):
+        return None
+    name, size = request.session.id, len(request.session.id.encode())
+    if not 1 <= size <= _MOST_SESSION_ID:
+        raise InvalidRequest("session.id", f"must have 1 to {_MOST_SESSION_ID} bytes, got {size}")
+    return Session(name, request.session.sticky)
+
+
 def sampling(message: pb.Sampling) -> Sampling:
     """The domain's sampling.
 
@@ -139,6 +161,7 @@ def order(request: pb.GenerateRequest, limits: Server, started: float, call: Cal
     """
     with within("request"):
         asked = prompt(request.request, limits.max_prompt_bytes)
+        turn_of = session(request.request)
     with within("sampling"):
         how = sampling(request.sampling)
     execution = Execution(request.execution.early_stop, request.execution.escalate)
@@ -150,7 +173,8 @@ def order(request: pb.GenerateRequest, limits: Server, started: float, call: Cal
                 "arm.samples", f"must be at most {limits.max_responses}, got {request.arm.samples}"
             )
         chosen = (request.arm.model, request.arm.samples or 1)
-    return Order(asked, policy(request.request.policy), how, execution, chosen, started, call)
+    what = policy(request.request.policy)
+    return Order(asked, what, how, execution, chosen, started, call, turn_of)
 
 
 @contextmanager
@@ -200,7 +224,20 @@ def route_response(
         truncated=routed.truncated,
         bundle_version=bundle_version,
         timing=timing(routed.timing) if routed.timing else None,
+        session=session_turn(routed.turn) if routed.turn else None,
         arms=arms(decision.options) if explain else (),
+        shadow_arm=None if routed.shadow is None else arm(routed.shadow),
+    )
+
+
+def session_turn(value: Turn) -> pb.SessionTurn:
+    """The message for what a session did to a decision."""
+    return pb.SessionTurn(
+        turn=value.number,
+        previous_model=value.previous_model or "",
+        changed=value.changed,
+        reason=_REASONS[value.reason],
+        cached_tokens=value.cached_tokens,
     )
 
 
@@ -216,9 +253,13 @@ def arm(option: Option) -> pb.Arm:
     )
 
 
-def arms(options: Iterable[Option]) -> list[pb.Arm]:
-    """The messages for several arms."""
-    return [arm(option) for option in options]
+def arms(options: Iterable[Option], disabled: Disabled = NOTHING) -> list[pb.Arm]:
+    """The messages for several arms, some of which may be switched off."""
+    messages = [arm(option) for option in options]
+    if disabled != NOTHING:
+        for message in messages:
+            message.disabled = disabled.has(message.model, message.samples)
+    return messages
 
 
 def trade_offs(value: TradeOffs) -> list[pb.TradeOff]:
@@ -314,4 +355,5 @@ def usage(value: Usage) -> pb.Usage:
         input_tokens=value.input_tokens,
         output_tokens=value.output_tokens,
         estimated=value.estimated,
+        cached_tokens=value.cached_tokens,
     )

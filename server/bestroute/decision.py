@@ -11,11 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from bestroute.config import instead
+from bestroute.disabled import NOTHING, Disabled
 from bestroute.errors import InvalidRequest
 from bestroute.manifest import Arm, Manifest, TradeOffs
 from bestroute.policy import REFERENCE, choose, estimated_cost, trade_off, trade_off_one
 from bestroute.pricing import ModelPrice
 from bestroute.promise import least_loss, rate_for, threshold_for
+from bestroute.session import Former, Hold
 
 Floats = npt.NDArray[np.float64]
 
@@ -132,6 +134,7 @@ class Fallback(Enum):
     BELOW_THRESHOLD = auto()
     OVER_BUDGET = auto()
     ROUTER_FAILED = auto()
+    SHADOW = auto()
 
 
 class Decision(NamedTuple):
@@ -178,6 +181,9 @@ class Rules:
     Args:
         manifest: the bundle's.
         prices: of every model of the pool, by name.
+
+    Attributes:
+        disabled: arms that are not chosen for now.
     """
 
     def __init__(self, manifest: Manifest, prices: Mapping[str, ModelPrice]) -> None:
@@ -190,10 +196,18 @@ class Rules:
         self._prompts = np.array([prices[a.model].billing.prompts(a.samples) for a in arms])
         self._input_usd = np.array([prices[arm.model].input_usd_per_mtok for arm in arms])
         self._output_usd = np.array([prices[arm.model].output_usd_per_mtok for arm in arms])
+        self._cache_usd = np.array([prices[arm.model].cache_saves_usd_per_mtok for arm in arms])
+        self._arm_models = np.array([arm.model for arm in arms])
         self._mean_output_tokens = np.array([m.mean_output_tokens for m in manifest.models])
         self._names, self._prices = names, prices
         self._arms = tuple((arm.model, arm.samples) for arm in manifest.arms)
+        self.disabled = NOTHING
         self._plan = lru_cache(_PLANS)(self._planned)
+
+    def disable(self, disabled: Disabled) -> None:
+        """Have these arms, and no others, not be chosen from now on."""
+        self.disabled = disabled
+        self._plan.cache_clear()
 
     def check(self, policy: Policy) -> None:
         """Refuse a policy that can't be followed.
@@ -212,6 +226,9 @@ class Rules:
             allowed = np.array([arm.model in names for arm in self._manifest.arms], dtype=bool)
             if policy.max_samples is not None:
                 allowed &= self._samples[:-1] <= policy.max_samples
+        if self.disabled != NOTHING:
+            enabled = np.array([not self.disabled.has(*arm) for arm in self._arms], dtype=bool)
+            allowed = enabled if allowed is None else allowed & enabled
         return _Plan(criterion, allowed, self._told_output_tokens(policy))
 
     def _check_fields(self, policy: Policy) -> None:
@@ -247,13 +264,23 @@ class Rules:
             return Threshold(threshold)
         return Rate(rate_of(trade_offs, policy))
 
-    def decide(self, row: npt.NDArray[np.float32], prompt_tokens: int, policy: Policy) -> Decision:
+    def decide(
+        self,
+        row: npt.NDArray[np.float32],
+        prompt_tokens: int,
+        policy: Policy,
+        former: Former | None = None,
+    ) -> Decision:
         """Choose an arm.
 
         Args:
             row: the router's output for the prompt, float32 [A] or [2A + M]; see `bundle`.
             prompt_tokens: length of the prompt.
             policy: target and limits.
+            former: what ran the session's turn before; None: there was none. What its provider has
+                in its prompt cache makes its arms cheaper, so that another has to be worth more
+                than is lost with it. Where it has to stay, the rule chooses among its own arms, and
+                takes the most promising one if none meets the target.
 
         Raises:
             InvalidRequest: the policy can't be followed, or every arm and the reference cost more
@@ -271,6 +298,8 @@ class Rules:
         by_model = self._mean_output_tokens if predicted is None else predicted
         tokens = (by_model if plan.output_tokens is None else plan.output_tokens)[self._models]
         costs = self._costs(prompt_tokens, tokens)
+        if former is not None and former.cached_tokens:
+            costs = costs - self._saved_by_cache(former)
         tokens, costs, (reference_tokens, reference_cost) = (
             tokens[:-1],
             costs[:-1],
@@ -290,6 +319,10 @@ class Rules:
         if limit is not None:
             allowed = (costs <= limit) & allowed
         criterion = plan.criterion
+        if former is not None and former.hold is not Hold.NOTHING:
+            kept = self._kept(former, policy, criterion, options, reference, costs, allowed)
+            if kept is not None:
+                return Decision(kept, reference, criterion, None, options)
         if isinstance(criterion, Threshold):
             merits = probabilities
             best = int(choose(probabilities, costs, criterion.match_threshold, allowed))
@@ -314,8 +347,69 @@ class Rules:
         promising = options[int(np.where(allowed, merits, -np.inf).argmax())]
         return fallback._replace(arm=promising, fallback=Fallback.OVER_BUDGET)
 
+    def may_run(self, model: str, policy: Policy, decision: Decision) -> bool:
+        """Whether a model might have been chosen where a decision was made."""
+        if policy.allowed_models is not None and model not in policy.allowed_models:
+            return False
+        most = math.inf if policy.max_cost_usd is None else policy.max_cost_usd
+        if model == decision.reference.model:
+            return decision.reference.estimated_cost_usd <= most
+        allowed = self._plan(policy).allowed
+        return any(
+            option.model == model
+            and option.estimated_cost_usd <= most
+            and (allowed is None or bool(allowed[index]))
+            for index, option in enumerate(decision.options)
+        )
+
+    def _kept(
+        self,
+        former: Former,
+        policy: Policy,
+        criterion: Criterion,
+        options: Options,
+        reference: Option,
+        costs: Floats,
+        allowed: npt.NDArray[np.bool_] | bool,
+    ) -> Option | None:
+        """What of the former turn's decision stays; None: its model may not be chosen any more.
+
+        The reference is always allowed where nothing else qualifies, which is no reason to stay
+        with it where the policy names others.
+        """
+        names, limit = policy.allowed_models, policy.max_cost_usd
+        if former.model == reference.model:
+            barred = names is not None and former.model not in names
+            over = limit is not None and reference.estimated_cost_usd > limit
+            return None if barred or over else reference
+        own = (self._arm_models[:-1] == former.model) & allowed
+        if not own.any():
+            return None
+        arm = (former.model, former.samples)
+        if former.hold is Hold.ARM and arm in self._arms and own[index := self._arms.index(arm)]:
+            return options[index]
+        probabilities, gains = options.match_probability, options.expected_gain
+        assert probabilities is not None
+        if isinstance(criterion, Threshold):
+            merits = probabilities
+            best = int(choose(probabilities, costs, criterion.match_threshold, own))
+        else:
+            assert gains is not None  # a bundle that has rates has gains
+            merits, saved = gains, reference.estimated_cost_usd
+            best = int(trade_off(gains, costs, saved, criterion.quality_per_usd, own))
+        if best == REFERENCE:
+            best = int(np.where(own, merits, -np.inf).argmax())
+        return options[best]
+
     def fixed(
-        self, model: str, samples: int, prompt_tokens: int, policy: Policy, *, gated: bool = False
+        self,
+        model: str,
+        samples: int,
+        prompt_tokens: int,
+        policy: Policy,
+        former: Former | None = None,
+        *,
+        gated: bool = False,
     ) -> Decision:
         """The caller's own choice as a decision; its probability is unknown and given as 0.
 
@@ -324,6 +418,7 @@ class Rules:
             samples: at least 1.
             prompt_tokens: length of the prompt.
             policy: need not have been checked.
+            former: what ran the session's turn before; see `decide`.
             gated: whether the arm's gate, if it has one, is in force: targets are then read off
                 its trade-offs and not the bundle's.
 
@@ -338,16 +433,37 @@ class Rules:
         gate = self._manifest.gate(Arm(model=model, samples=samples)) if gated else None
         criterion = Rate(rate_of(gate.trade_offs, policy)) if gate else self.criterion(policy)
         tokens = self._told_output_tokens(policy)
-        reference = self._reference(prompt_tokens, tokens)
+        reference = self._reference(prompt_tokens, tokens, former)
         probability = 1.0 if model == reference.model else 0.0
-        arm = self._option(model, samples, probability, prompt_tokens, tokens)
+        arm = self._option(model, samples, probability, prompt_tokens, tokens, former)
         return Decision(arm, reference, criterion, None, ())
 
-    def without_router(self, prompt_tokens: int, policy: Policy) -> Decision:
-        """What to run when the router model has failed: the reference."""
+    def without_router(
+        self, prompt_tokens: int, policy: Policy, former: Former | None = None
+    ) -> Decision:
+        """What to run when the router model has failed.
+
+        The reference; or what ran the session's turn before, where that has to stay and may.
+        """
         plan = self._plan(policy)
-        reference = self._reference(prompt_tokens, plan.output_tokens)
-        return Decision(reference, reference, plan.criterion, Fallback.ROUTER_FAILED, ())
+        reference = self._reference(prompt_tokens, plan.output_tokens, former)
+        arm = reference
+        if (
+            former is not None
+            and former.hold is not Hold.NOTHING
+            and former.model in (policy.allowed_models or self._names)
+            and former.model in self._names
+            and former.samples <= (policy.max_samples or former.samples)
+            and not self.disabled.has(former.model, former.samples)
+        ):
+            probability = 1.0 if former.model == reference.model else 0.0
+            told = plan.output_tokens
+            kept = self._option(
+                former.model, former.samples, probability, prompt_tokens, told, former
+            )
+            if policy.max_cost_usd is None or kept.estimated_cost_usd <= policy.max_cost_usd:
+                arm = kept
+        return Decision(arm, reference, plan.criterion, Fallback.ROUTER_FAILED, ())
 
     def arms(self) -> Sequence[Option]:
         """Every arm, priced for an empty prompt, with no probability (0) and no gain."""
@@ -365,14 +481,21 @@ class Rules:
             prompts_billed=self._prompts,
         )
 
+    def _saved_by_cache(self, former: Former) -> Floats:
+        """Of every arm and the reference, USD [A + 1]; 0 but for the former model's."""
+        cached = self._prompts * former.cached_tokens * (self._arm_models == former.model)
+        return np.asarray(cached * self._cache_usd / 1e6, dtype=np.float64)
+
     def _told_output_tokens(self, policy: Policy) -> Floats | None:
         """What the caller expects one answer of each model to have, [M]; None if it didn't say."""
         told = policy.expected_output_tokens
         return np.full(len(self._names), float(told)) if told else None
 
-    def _reference(self, prompt_tokens: int, told_output_tokens: Floats | None) -> Option:
+    def _reference(
+        self, prompt_tokens: int, told_output_tokens: Floats | None, former: Former | None
+    ) -> Option:
         name = self._manifest.reference_model
-        return self._option(name, 1, 1.0, prompt_tokens, told_output_tokens)
+        return self._option(name, 1, 1.0, prompt_tokens, told_output_tokens, former)
 
     def _option(
         self,
@@ -381,18 +504,24 @@ class Rules:
         probability: float,
         prompt_tokens: int,
         told_output_tokens: Floats | None,
+        former: Former | None,
     ) -> Option:
         """Any number of samples of any model of the pool, priced without the router."""
         output_tokens = (
             self._mean_output_tokens if told_output_tokens is None else told_output_tokens
         )
         price, tokens = self._prices[model], float(output_tokens[self._names.index(model)])
-        cost = estimated_cost(
-            samples=samples,
-            input_tokens=prompt_tokens,
-            output_tokens=tokens,
-            input_usd_per_mtok=price.input_usd_per_mtok,
-            output_usd_per_mtok=price.output_usd_per_mtok,
-            prompts_billed=price.billing.prompts(samples),
+        prompts = price.billing.prompts(samples)
+        cost = float(
+            estimated_cost(
+                samples=samples,
+                input_tokens=prompt_tokens,
+                output_tokens=tokens,
+                input_usd_per_mtok=price.input_usd_per_mtok,
+                output_usd_per_mtok=price.output_usd_per_mtok,
+                prompts_billed=prompts,
+            )
         )
-        return Option(model, samples, probability, None, tokens, float(cost))
+        if former is not None and former.model == model:
+            cost -= prompts * former.cached_tokens * price.cache_saves_usd_per_mtok / 1e6
+        return Option(model, samples, probability, None, tokens, cost)

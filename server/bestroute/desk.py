@@ -4,22 +4,27 @@ It puts the router that serves now, the bill of its caller and whoever is told w
 each request, so that a surface has only to translate.
 """
 
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from typing import NamedTuple
 
-from bestroute.best_of_n import Event, Result
+from bestroute.best_of_n import Result
 from bestroute.call import Call
 from bestroute.candidate import Candidate
+from bestroute.config import Sessions as Settings
 from bestroute.decision import Policy
 from bestroute.guard.callers import Callers
 from bestroute.live import Live
 from bestroute.observe.telemetry import Telemetry
+from bestroute.pass_through import Event
 from bestroute.pricing import cost
 from bestroute.prompt import Prompt
 from bestroute.router import Order, Routed, Router
 from bestroute.scoring import Scored
+from bestroute.session import Session
+from bestroute.sessions import Sessions
 from bestroute.traffic.traffic import Traffic
+from bestroute.upstream.relay import Opened, Piece
 
 
 class Decided(NamedTuple):
@@ -38,17 +43,39 @@ class Desk:
         callers: who calls, and what they may have.
         telemetry: is told what happens.
         traffic: is told what is decided, and how it turns out.
+        sessions: remembers conversations, which outlast a router that is replaced; None: as many,
+            and as long, as by default.
     """
 
     def __init__(
-        self, live: Live, callers: Callers, telemetry: Telemetry, traffic: Traffic
+        self,
+        live: Live,
+        callers: Callers,
+        telemetry: Telemetry,
+        traffic: Traffic,
+        sessions: Sessions | None = None,
     ) -> None:
         self.live, self.callers, self.telemetry, self.traffic = live, callers, telemetry, traffic
+        self._sessions = Sessions(Settings()) if sessions is None else sessions
 
-    async def decide(self, prompt: Prompt, policy: Policy, call: Call) -> Decided:
-        """Choose an arm; raises as `Router.decide` does."""
-        with self.live.using() as router:
-            routed = await router.decide(prompt, policy, call)
+    @property
+    def sessions(self) -> int:
+        """How many sessions are remembered."""
+        return len(self._sessions)
+
+    async def decide(
+        self, prompt: Prompt, policy: Policy, call: Call, session: Session | None = None
+    ) -> Decided:
+        """Choose an arm, which a session takes for run; raises as `Router.decide` does."""
+        standing = None if session is None else self._sessions.standing(call.caller, session)
+        with self.live.using(call, session) as router:
+            try:
+                routed = await router.decide(prompt, policy, call, standing)
+            except Exception as error:
+                self.telemetry.unanswered(error, router.manifest.version)
+                raise
+        if session is not None and routed.past is not None:
+            self._sessions.ran(call.caller, session, routed.past)
         decision_id = self.traffic.decided(prompt, policy, routed, router.manifest, call)
         self.telemetry.routed(routed, call, router.manifest.version)
         return Decided(routed, router, decision_id)
@@ -57,20 +84,38 @@ class Desk:
         self, prompt: Prompt, answers: Sequence[str], call: Call
     ) -> tuple[Scored, Router]:
         """Score answers; raises as `Router.score` does."""
-        with self.live.using() as router:
-            scored = await router.score(prompt, answers, call)
+        with self.live.using(call) as router:
+            try:
+                scored = await router.score(prompt, answers, call)
+            except Exception as error:
+                self.telemetry.unanswered(error, router.manifest.version)
+                raise
         self.telemetry.scored(scored, call)
         return scored, router
 
+    @contextmanager
+    def _blaming(self, router: Router) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.telemetry.unanswered(error, router.manifest.version)
+            raise
+
     async def generate(self, order: Order) -> AsyncGenerator[Decided | Event, None]:
-        """Decide, then answer: see `Router.generate`. Close the generator to stop."""
-        call, routed = order.call, None
+        """Decide, then answer: see `Router.generate`. Close the generator to stop.
+
+        A session goes on from the answer; where there is none, it stays as it was.
+        """
+        call, session, routed = order.call, order.session, None
+        standing = None if session is None else self._sessions.standing(call.caller, session)
+        written: dict[int, int] = {}
         with (
-            self.live.using() as router,
+            self.live.using(call, session) as router,
+            self._blaming(router),
             self.callers.bill(call) as bill,
             self.traffic.generation(order) as generation,
         ):
-            async with aclosing(router.generate(order)) as events:
+            async with aclosing(router.generate(order, standing)) as events:
                 async for event in events:
                     if isinstance(event, Routed):
                         routed = event
@@ -79,11 +124,20 @@ class Desk:
                         self.telemetry.routed(event, call, router.manifest.version)
                         yield Decided(event, router, decision_id)
                         continue
+                    if isinstance(event, Opened | Piece):
+                        yield event
+                        continue
                     assert routed is not None, "the decision comes first"
                     if isinstance(event, Candidate):
                         bill.add(cost(event.usage, router.prices[event.model]))
+                        written[event.index] = event.usage.output_tokens
                     elif isinstance(event, Result):
                         bill.total(event.cost_usd)
-                    self.telemetry.generated(event, routed, call)
+                        if session is not None and routed.past is not None:
+                            # In shadow mode a session goes on from what would have been run.
+                            model = routed.past.model if routed.shadow else event.model
+                            past = routed.past.answered(model, written[event.candidate])
+                            self._sessions.ran(call.caller, session, past)
+                    self.telemetry.generated(event, routed, call, router.manifest.version)
                     generation.happened(event)
                     yield event

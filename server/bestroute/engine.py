@@ -1,4 +1,8 @@
-"""Runs a compiled network on ONNX Runtime: token ids in, float32 rows out."""
+"""Runs a compiled network on ONNX Runtime: token ids in, float32 rows out.
+
+ONNX Runtime itself is loaded by the first `Engine`: where the networks run elsewhere, this process
+needs none.
+"""
 
 import asyncio
 import ctypes
@@ -11,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +23,6 @@ import numpy.typing as npt
 from bestroute.config import ConfigInvalid
 from bestroute.config import Engine as EngineSettings
 from bestroute.errors import BundleInvalid
-from bestroute.execution import PROVIDERS, open_session, placement
 from bestroute.lane import Lane
 from bestroute.manifest import Precision
 
@@ -28,6 +31,7 @@ _log = logging.getLogger(__name__)
 Row = npt.NDArray[np.float32]
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
+_CPU_PROVIDER = "CPUExecutionProvider"
 _WARM_UP_LENGTHS = (16, 64, 128, 256, 512)
 _TYPICAL_LENGTH = 64
 """Tokens of the inputs by which a run's cost is measured: of a usual, rather short prompt."""
@@ -101,6 +105,40 @@ class Cost:
         return self.per_run + self.per_token * padded_tokens
 
 
+class Backend(Protocol):
+    """What runs a network: an `Engine`, or one elsewhere; see `bestroute.kserve.engine`.
+
+    Attributes:
+        cost: of a run, as measured at start.
+        concurrency: runs that it is good to have under way at once.
+        fault: why nothing can be run now; None: it can, or it isn't known that it can't.
+    """
+
+    cost: Cost
+    concurrency: int
+    fault: str | None
+
+    def run(self, inputs: Sequence[Sequence[int]]) -> list[Row]:
+        """Run one batch at once, blocking, on another thread than the event loop's."""
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether `alone` is any different."""
+
+    async def __call__(self, inputs: Sequence[Sequence[int]]) -> list[Row]:
+        """Run one batch of several at once."""
+
+    async def alone(self, inputs: Sequence[Sequence[int]]) -> list[Row]:
+        """Run one batch when no other runs."""
+
+    def soon(self, inputs: Sequence[Sequence[int]]) -> "list[Row] | asyncio.Future[list[Row]]":
+        """Run one batch that is so small that the event loop waits for it."""
+
+    async def __aenter__(self) -> object: ...
+
+    async def __aexit__(self, *error: Any) -> None: ...
+
+
 class Engine:
     """One network with threads of its own, warm; `async with` it.
 
@@ -117,11 +155,14 @@ class Engine:
     Attributes:
         concurrency: runs that it is good to have under way at once.
         cost: of a run, as measured at start.
+        fault: None; whether it works, its runs tell.
 
     Raises:
         BundleInvalid: the file is no network that can be loaded.
         ConfigInvalid: the provider can't be loaded.
     """
+
+    fault: str | None = None
 
     def __init__(
         self,
@@ -133,6 +174,8 @@ class Engine:
         padded_tokens: int = 0,
         wide: bool = True,
     ) -> None:
+        from bestroute.execution import open_session
+
         cores, on_cpu = settings.threads or cpus(), settings.provider == "cpu"
 
         def opened(threads: int) -> Any:
@@ -205,7 +248,7 @@ class Engine:
             self._idle.append(lane)
 
     def _in_turn(self, session: Any, inputs: Sequence[Sequence[int]]) -> list[Row]:
-        feeds = _feeds(inputs)
+        feeds = padded(inputs)
         with self._computing:
             return _run_feeds(session, feeds)
 
@@ -247,6 +290,8 @@ def _check_placement(session: Any, path: Path, provider: str) -> None:
     Raises:
         BundleInvalid: the wanted one runs none.
     """
+    from bestroute.execution import PROVIDERS, placement
+
     nodes = placement(session)
     if not nodes[PROVIDERS[provider]]:
         raise BundleInvalid(
@@ -275,15 +320,27 @@ def _measured(session: Any, clock: Callable[[], float], length: int, items: int)
             start = clock()
             _run(session, inputs)
             seconds[batch] = min(seconds[batch], clock() - start)
-    per_token = max(0.0, (seconds[items] - seconds[1]) / (max(1, items - 1) * length))
-    return Cost(max(0.0, seconds[1] - per_token * length), per_token)
+    return fitted(seconds[1], seconds[items], length, items)
+
+
+def fitted(single: float, several: float, length: int, items: int) -> Cost:
+    """The cost that two runs show, of one and of several inputs of a length.
+
+    Args:
+        single: seconds of the run of one.
+        several: seconds of the run of several.
+        length: tokens of each input.
+        items: how many several are.
+    """
+    per_token = max(0.0, (several - single) / (max(1, items - 1) * length))
+    return Cost(max(0.0, single - per_token * length), per_token)
 
 
 def _run(session: Any, inputs: Sequence[Sequence[int]]) -> list[Row]:
-    return _run_feeds(session, _feeds(inputs))
+    return _run_feeds(session, padded(inputs))
 
 
-def _feeds(inputs: Sequence[Sequence[int]]) -> dict[str, npt.NDArray[np.int64]]:
+def padded(inputs: Sequence[Sequence[int]]) -> dict[str, npt.NDArray[np.int64]]:
     """The network's inputs, padded to the longest, int64 [B, T] each."""
     if len(inputs) == 1:  # as most are where batching gains nothing
         input_ids = np.array(inputs, dtype=np.int64)
@@ -298,7 +355,7 @@ def _feeds(inputs: Sequence[Sequence[int]]) -> dict[str, npt.NDArray[np.int64]]:
 
 
 def _run_feeds(session: Any, feeds: Mapping[str, npt.NDArray[np.int64]]) -> list[Row]:
-    if session.get_providers()[0] == PROVIDERS["cpu"]:
+    if session.get_providers()[0] == _CPU_PROVIDER:
         return list(session.run(None, feeds)[0])
     return run_bound(session, feeds)
 

@@ -1,4 +1,4 @@
-"""The nine things that can go wrong, as the rest of the package names them.
+"""The ten things that can go wrong, as the rest of the package names them.
 
     BestrouteError
      +-- InvalidRequest      the caller's input; names the field        INVALID_ARGUMENT
@@ -8,12 +8,15 @@
      +-- EngineStalled       the engine doesn't answer; try elsewhere   UNAVAILABLE
      +-- DeadlineExceeded    the caller's deadline can't be met         DEADLINE_EXCEEDED
      +-- ProviderFailed      no upstream LLM gave an answer             UNAVAILABLE
+     +-- ArmDisabled         the arm is switched off for now            FAILED_PRECONDITION
      +-- BundleInvalid       the bundle can't be served                 FAILED_PRECONDITION
      +-- NotEnabled          this server isn't set up for that          UNIMPLEMENTED
 
 Anything else is a bug and reaches the caller as INTERNAL with a bland message. The codes are
 assigned in `bestroute.status`, the only module that knows both sides.
 """
+
+from typing import NamedTuple
 
 
 class BestrouteError(Exception):
@@ -74,8 +77,35 @@ class DeadlineExceeded(BestrouteError):
     """The caller's deadline passed, or can't be met any more; no engine time was spent."""
 
 
+class Page(NamedTuple):
+    """What a provider answers with over HTTP where it gives no answer.
+
+    Attributes:
+        retry_after: the header's value; "" if there is none.
+        final: whether the caller's request is to blame, so that no other would be answered better.
+    """
+
+    status: int
+    content_type: str
+    body: bytes
+    retry_after: str
+    final: bool
+
+
 class ProviderFailed(BestrouteError):
-    """An upstream LLM gave no usable answer; the message carries the provider's own words."""
+    """An upstream LLM gave no usable answer; the message carries the provider's own words.
+
+    Args:
+        page: what it has answered with, where a caller's own request was passed on to it.
+    """
+
+    def __init__(self, message: str, page: Page | None = None) -> None:
+        super().__init__(message)
+        self.page = page
+
+
+class ArmDisabled(BestrouteError):
+    """The arm that the caller has named is switched off for now."""
 
 
 class BundleInvalid(BestrouteError):

@@ -14,19 +14,32 @@ _SAMPLE_TOKENS = 1000
 
 @dataclass(frozen=True, slots=True)
 class ModelPrice:
-    """USD per million tokens of a model, and how often drawing n samples bills the prompt."""
+    """USD per million tokens of a model, and how often drawing n samples bills the prompt.
+
+    Attributes:
+        cached_input_usd_per_mtok: of prompt tokens that the provider had in its prompt cache; None:
+            like all others.
+    """
 
     input_usd_per_mtok: float
     output_usd_per_mtok: float
     billing: InputBilling
+    cached_input_usd_per_mtok: float | None = None
+
+    @property
+    def cache_saves_usd_per_mtok(self) -> float:
+        """What a prompt token costs less where the provider had it in its cache; at least 0."""
+        cached, full = self.cached_input_usd_per_mtok, self.input_usd_per_mtok
+        return 0.0 if cached is None else max(0.0, full - cached)
 
 
 def prices(models: Sequence[Model], settings: Settings) -> dict[str, ModelPrice]:
     """Price the pool's models, by name.
 
     A price in the settings wins over genai-prices (asked by the provider's `price_id`, or by its
-    `base_url`), which wins over the bundle's. A model that no provider serves keeps the bundle's
-    price and is taken to bill every sample's prompt.
+    `base_url`), which wins over the bundle's; what a cached prompt costs comes from the same place,
+    and is what any other costs where that doesn't tell. A model that no provider serves keeps the
+    bundle's price and is taken to bill every sample's prompt.
 
     Args:
         models: the bundle's pool.
@@ -47,6 +60,7 @@ def cost(usage: Usage, price: ModelPrice) -> float:
     """What tokens that were really used cost, in USD."""
     return (
         usage.input_tokens * price.input_usd_per_mtok
+        - usage.cached_tokens * price.cache_saves_usd_per_mtok
         + usage.output_tokens * price.output_usd_per_mtok
     ) / 1e6
 
@@ -58,33 +72,46 @@ def _price(model: Model, settings: Settings) -> ModelPrice:
             model.input_usd_per_mtok, model.output_usd_per_mtok, InputBilling.PER_SAMPLE
         )
     provider = settings.providers[served.provider]
-    if served.price is not None:
-        per_mtok = served.price.input_usd_per_mtok, served.price.output_usd_per_mtok
+    if (own := served.price) is not None:
+        per_mtok = own.input_usd_per_mtok, own.output_usd_per_mtok
+        cached = own.cached_input_usd_per_mtok
     else:
         upstream = served.upstream or model.name
-        listed = _listed(upstream, provider)
+        listed, cached = _listed(upstream, provider) or (None, None)
         if listed is None and provider.price_id is not None:
             raise ConfigInvalid(
                 f'[models."{model.name}"]: genai-prices has no price for "{upstream}" at '
                 f'"{provider.price_id}"; set [models."{model.name}".price]'
             )
         per_mtok = listed or (model.input_usd_per_mtok, model.output_usd_per_mtok)
-    return ModelPrice(*per_mtok, provider.billing)
+    return ModelPrice(*per_mtok, provider.billing, cached)
 
 
-def _listed(upstream: str, provider: Provider) -> tuple[float, float] | None:
-    """Input and output price in USD per million tokens, from the list inside genai-prices."""
+def _listed(upstream: str, provider: Provider) -> tuple[tuple[float, float], float] | None:
+    """USD per million tokens, from the list inside genai-prices: input and output; cached input."""
     # Imported here: it takes 0.2 s, and only a server that serves models needs it.
     import genai_prices
 
-    usage = genai_prices.Usage(input_tokens=_SAMPLE_TOKENS, output_tokens=_SAMPLE_TOKENS)
-    try:
+    def price(cached: int) -> genai_prices.types.PriceCalculation:
+        usage = genai_prices.Usage(
+            input_tokens=_SAMPLE_TOKENS, cache_read_tokens=cached, output_tokens=_SAMPLE_TOKENS
+        )
         if provider.price_id is not None:
-            price = genai_prices.calc_price(usage, upstream, provider_id=provider.price_id)
-        else:
-            url = str(provider.base_url)
-            price = genai_prices.calc_price(usage, upstream, provider_api_url=url)
+            return genai_prices.calc_price(usage, upstream, provider_id=provider.price_id)
+        url = str(provider.base_url)
+        return genai_prices.calc_price(usage, upstream, provider_api_url=url)
+
+    try:
+        full, cached = price(0), price(_SAMPLE_TOKENS)
     except LookupError:
         return None
     per_mtok = 1_000_000 / _SAMPLE_TOKENS
-    return float(price.input_price) * per_mtok, float(price.output_price) * per_mtok
+    return (
+        (float(full.input_price) * per_mtok, float(full.output_price) * per_mtok),
+        float(cached.input_price) * per_mtok,
+    )
+
+
+def is_listed(upstream: str, provider: Provider) -> bool:
+    """Whether genai-prices knows what a model costs at a provider, by its name there."""
+    return _listed(upstream, provider) is not None

@@ -39,10 +39,9 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
 def spare_what_is_loaded() -> None:
     """Have the garbage collector never again look through what there is by now, for it stays.
 
-    That would hold up the event loop for tens of milliseconds. Call it again where what was spared
-    is no longer needed.
+    That would hold up the event loop for tens of milliseconds. To be called before a router is
+    opened, which may be replaced: what is spared is never freed.
     """
-    gc.unfreeze()
     gc.collect()
     gc.freeze()
 

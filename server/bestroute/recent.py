@@ -5,6 +5,7 @@ from collections import OrderedDict
 from typing import Generic, TypeVar
 
 Value = TypeVar("Value")
+_SIZE = 16
 
 
 class Recent(Generic[Value]):
@@ -26,9 +27,14 @@ class Recent(Generic[Value]):
         self.hits = self.misses = 0
 
     @staticmethod
-    def key(text: str) -> bytes:
-        """What stands for a text."""
-        return hashlib.blake2b(text.encode(), digest_size=16).digest()
+    def key(text: str, *more: str) -> bytes:
+        """What stands for a text, or for several in their order."""
+        key = _digest(text)
+        if not more:
+            return key
+        # Each by its own digest: joined, others that are divided otherwise might read the same.
+        digests = b"".join((key, *map(_digest, more)))
+        return hashlib.blake2b(digests, digest_size=_SIZE, person=b"several").digest()
 
     def get(self, key: bytes) -> Value | None:
         """The value, which counts as asked for now; None if there is none."""
@@ -49,3 +55,7 @@ class Recent(Generic[Value]):
 
     def __len__(self) -> int:
         return len(self._values)
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=_SIZE).digest()

@@ -13,23 +13,33 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bestroute.best_of_n import BestOfN, Event, Task
+from bestroute.best_of_n import BestOfN, Task
 from bestroute.bundle import DEFAULT_BUNDLE, Bundle
 from bestroute.call import ANYBODY, Call
-from bestroute.config import ConfigInvalid, Routing, Settings, instead
+from bestroute.config import ConfigInvalid, Operations, Routing, Settings, instead
 from bestroute.config import Engine as EngineSettings
-from bestroute.decision import Decision, Option, Policy, Rules, rate_of
+from bestroute.decision import Decision, Fallback, Option, Policy, Rules, rate_of
+from bestroute.disabled import check, disabled
 from bestroute.engine import return_freed_memory
-from bestroute.errors import BestrouteError, BundleInvalid, EngineStalled, ProviderFailed
+from bestroute.errors import (
+    ArmDisabled,
+    BestrouteError,
+    BundleInvalid,
+    EngineStalled,
+    ProviderFailed,
+)
 from bestroute.escalation import ByGate, ByReward, Escalation
+from bestroute.following import Following
 from bestroute.manifest import Arm, Manifest
+from bestroute.pass_through import Event, PassThrough
 from bestroute.pricing import ModelPrice, prices
-from bestroute.prompt import Prompt
+from bestroute.prompt import Prompt, Turns
 from bestroute.recent import Recent
 from bestroute.scoring import Scored, score
-from bestroute.session import Session, Turn
+from bestroute.session import Past, Session, Standing, Turn
 from bestroute.text_model import Reading, TextModel, Timing, load_text_model
 from bestroute.upstream.providers import Providers, Sampling
+from bestroute.upstream.relay import Relayed
 
 _log = logging.getLogger(__name__)
 _CHARACTERS_PER_TOKEN = 4
@@ -45,6 +55,7 @@ class Routed(NamedTuple):
         timing: None where the router model failed.
         turn: what the request's session did to it; None: it has none.
         shadow: in shadow mode, what would have been run.
+        past: as what the session is to be remembered once this has run; None: there is none.
     """
 
     decision: Decision
@@ -53,6 +64,7 @@ class Routed(NamedTuple):
     timing: Timing | None
     turn: Turn | None = None
     shadow: Option | None = None
+    past: Past | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +93,8 @@ class Order:
         started: when the request arrived, as `time.monotonic()`.
         call: who asks, and until when.
         session: that this is a turn of; None: it stands alone.
+        own: the caller's own request, which is passed through where one answer is drawn and that
+            is all; None: answers are always drawn by `prompt` and `sampling`.
     """
 
     prompt: Prompt
@@ -91,6 +105,7 @@ class Order:
     started: float
     call: Call = ANYBODY
     session: Session | None = None
+    own: Relayed | None = None
 
 
 class Router:
@@ -119,11 +134,24 @@ class Router:
         self.providers, self._served = providers, providers.models
         self._fail_open = routing.fail_open
         self._fallbacks = _fallbacks(manifest, routing, self._served)
+        self._shadow = False
         self._recent = Recent[Reading](routing.cache_entries)
         of = manifest.reward
         self._best_of_n = BestOfN(
             providers, self._rewards, prices, of.accept_reward, of.agreement_bonus
         )
+        self._pass_through = PassThrough(providers, prices)
+
+    def operate(self, operations: Operations) -> None:
+        """Let operators overrule decisions from now on, in one step.
+
+        Names that the bundle doesn't know are passed over; `bestroute.disabled.check` finds them.
+
+        Raises:
+            ConfigInvalid: the reference is to be disabled; nothing has changed.
+        """
+        self.rules.disable(disabled(operations.disabled_arms, self.manifest))
+        self._shadow = operations.shadow
 
     def fault(self) -> str | None:
         """Why requests can't be answered now; None if they can.
@@ -144,13 +172,20 @@ class Router:
         """How many prompts the router was asked before and still knew, and how many it didn't."""
         return self._recent.hits, self._recent.misses
 
-    async def decide(self, prompt: Prompt, policy: Policy, call: Call = ANYBODY) -> Routed:
+    async def decide(
+        self,
+        prompt: Prompt,
+        policy: Policy,
+        call: Call = ANYBODY,
+        standing: Standing | None = None,
+    ) -> Routed:
         """Choose an arm for a prompt; no LLM is called.
 
         Args:
             prompt: not empty.
             policy: target and limits.
             call: who asks, and until when.
+            standing: where the session stands that this is a turn of; None: it stands alone.
 
         Raises:
             InvalidRequest: the policy can't be followed.
@@ -159,8 +194,13 @@ class Router:
             DeadlineExceeded: the deadline passed before the router model ran.
         """
         self.rules.check(policy)
+        follow = None if standing is None else Following(prompt, standing, self.manifest)
         try:
-            reading, timing = await self._read(prompt.text, call)
+            reading, timing = (
+                await self._read(prompt, call)
+                if follow is None
+                else await self._read_on(prompt, call, follow)
+            )
         except Exception as error:
             stalled = isinstance(error, EngineStalled)
             if not self._fail_open or (isinstance(error, BestrouteError) and not stalled):
@@ -169,28 +209,85 @@ class Router:
             if not stalled and self._router_model.fault() is None:
                 _log.exception("the router model failed; the reference answers")
             tokens = len(prompt.text) // _CHARACTERS_PER_TOKEN + 1
-            return Routed(self.rules.without_router(tokens, policy), tokens, False, None)
-        row, tokens, truncated = reading
-        return Routed(self.rules.decide(row, tokens, policy), tokens, truncated, timing)
+            former = None if follow is None else follow.former(tokens)
+            decision = self.rules.without_router(tokens, policy, former)
+            routed = self._answered(Routed(decision, tokens, False, None))
+        else:
+            row, tokens, truncated = reading
+            former = None if follow is None else follow.former(tokens)
+            decision = self.rules.decide(row, tokens, policy, former)
+            routed = self._answered(Routed(decision, tokens, truncated, timing))
+        return routed if follow is None else self._followed(routed, follow, policy)
 
-    async def _read(self, text: str, call: Call) -> tuple[Reading, Timing]:
+    def _answered(self, routed: Routed) -> Routed:
+        """What is answered to a decision: in shadow mode always the reference."""
+        if not self._shadow:
+            return routed
+        decision = routed.decision
+        failed = decision.fallback is Fallback.ROUTER_FAILED  # which has to be seen in any mode
+        fallback = decision.fallback if failed else Fallback.SHADOW
+        overruled = decision._replace(arm=decision.reference, fallback=fallback)
+        return routed._replace(decision=overruled, shadow=decision.arm)
+
+    async def _read(self, prompt: Prompt, call: Call) -> tuple[Reading, Timing]:
         """The router model's output for a prompt, which may be remembered.
 
         Raises:
             Exception: as `TextModel.prompt`.
         """
-        key = self._recent.key(text)
-        if known := self._recent.get(key):
-            return known, _REMEMBERED
-        reading, timing = await self._router_model.prompt(text, call)
-        self._recent.put(key, reading)
+        asked = prompt.asked
+        key = self._recent.key(asked) if isinstance(asked, str) else self._recent.key(*asked.read)
+        reading, timing = self._recent.get(key), _REMEMBERED
+        if reading is None:
+            reading, timing = await self._router_model.prompt(asked, call)
+            self._recent.put(key, reading)
+        if not isinstance(asked, str):
+            more = await self._tokens_after(asked)
+            reading = reading._replace(prompt_tokens=reading.prompt_tokens + more)
         return reading, timing
+
+    async def _read_on(
+        self, prompt: Prompt, call: Call, follow: Following
+    ) -> tuple[Reading, Timing]:
+        """As `_read`, in the light of what the session's turns before were like."""
+        if follow.row is not None:
+            asked = prompt.turns
+            known = self._recent.get(self._recent.key(*asked.read))
+            read = known or await self._router_model.encode(asked)
+            tokens = read.prompt_tokens + await self._tokens_after(asked)
+            return Reading(follow.row, tokens, read.truncated), _REMEMBERED
+        reading, timing = await self._read(prompt, call)
+        return reading._replace(row=follow.ease(reading.row)), timing
+
+    async def _tokens_after(self, turns: Turns) -> int:
+        """Tokens that are not read but paid for: what was said after the question."""
+        if not turns.after:
+            return 0
+        return (await self._router_model.encode("\n\n".join(turns.after))).prompt_tokens
+
+    def _followed(
+        self, routed: Routed, follow: Following, policy: Policy, *, requested: bool = False
+    ) -> Routed:
+        """A decision with what its session did to it, and what that is to remember."""
+        decision, tokens = routed.decision, routed.prompt_tokens
+        # In shadow mode it is the session that there would have been that is followed.
+        arm, former = routed.shadow or decision.arm, follow.former(tokens)
+        turn = follow.turn(
+            arm.model,
+            tokens,
+            may_stay=former is not None and self.rules.may_run(former.model, policy, decision),
+            fell_back=decision.fallback is Fallback.ROUTER_FAILED,
+            requested=requested,
+        )
+        return routed._replace(turn=turn, past=follow.past(arm.model, arm.samples, tokens))
 
     async def score(self, prompt: Prompt, answers: Sequence[str], call: Call = ANYBODY) -> Scored:
         """Score answers to a prompt; see `bestroute.scoring.score`."""
         return await score(self._reward_model, prompt, answers, call)
 
-    async def generate(self, order: Order) -> AsyncGenerator[Routed | Event, None]:
+    async def generate(
+        self, order: Order, standing: Standing | None = None
+    ) -> AsyncGenerator[Routed | Event, None]:
         """Decide, draw the samples, score each as it ends: BEST-Route's Algorithm 1, end to end.
 
         Only models that a provider serves are chosen, and none whose breaker is open, unless no
@@ -198,13 +295,21 @@ class Router:
         reference, the request's own arm notwithstanding. Gives the decision, then deltas, retries,
         candidates and fallbacks as they come, then the result. Close the generator to stop.
 
+        Where the order is the caller's own request and one answer is drawn, its bytes come as
+        they are, in place of deltas.
+
+        Args:
+            order: what to answer.
+            standing: where the session stands that this is a turn of; None: it stands alone.
+
         Raises:
             InvalidRequest: the policy or the arm can't be followed.
+            ArmDisabled: the order's arm is switched off.
             ProviderFailed: no provider serves the model, or every candidate failed.
             Overloaded: the router's queue is full.
             DeadlineExceeded: the deadline came before any candidate was complete.
         """
-        routed = await self._routed(order)
+        routed = await self._routed(order, standing)
         arm = routed.decision.arm
         if arm.model not in self._served:
             raise ProviderFailed(
@@ -224,11 +329,16 @@ class Router:
             self._fallbacks_for(order.policy, routed),
         )
         yield routed
-        async with aclosing(self._best_of_n.run(task)) as events:
+        answering: AsyncGenerator[Event, None]
+        if order.own is not None and arm.samples == 1 and task.escalation is None:
+            answering = self._pass_through.run(task, order.own)
+        else:
+            answering = self._best_of_n.run(task)
+        async with aclosing(answering) as events:
             async for event in events:
                 yield event
 
-    async def _routed(self, order: Order) -> Routed:
+    async def _routed(self, order: Order, standing: Standing | None) -> Routed:
         if order.arm is None:
             wanted = order.policy.allowed_models
             names = (model.name for model in self.manifest.models)
@@ -236,18 +346,30 @@ class Router:
             well = tuple(filter(self.providers.available, served))
             self.rules.check(order.policy)  # before narrowing, so that the caller's names are told
             policy = replace(order.policy, allowed_models=well or served)
-            return await self.decide(order.prompt, policy, order.call)
-        encoded = await self._router_model.encode(order.prompt.text)
+            return await self.decide(order.prompt, policy, order.call, standing)
         model, samples = order.arm
+        if self.rules.disabled.has(model, samples):
+            raise ArmDisabled(
+                f'"{model}:{samples}" is switched off on this server for now; '
+                "name another arm, or none, so that one is chosen"
+            )
+        encoded = await self._router_model.encode(order.prompt.text)
         tokens, gated = encoded.prompt_tokens, self._may_escalate(order)
-        decision = self.rules.fixed(model, samples, tokens, order.policy, gated=gated)
-        return Routed(decision, tokens, encoded.truncated, None)
+        follow = None if standing is None else Following(order.prompt, standing, self.manifest)
+        former = None if follow is None else follow.former(tokens)
+        decision = self.rules.fixed(model, samples, tokens, order.policy, former, gated=gated)
+        routed = Routed(decision, tokens, encoded.truncated, None)
+        if follow is None:
+            return routed
+        return self._followed(routed, follow, order.policy, requested=True)
 
     def _fallbacks_for(self, policy: Policy, routed: Routed) -> tuple[str, ...]:
         """Whom to ask if the decision's arm gives no answer, within the policy's limits.
 
         As with decisions, the reference is always allowed, but not at any cost.
         """
+        if routed.shadow is not None:  # nobody but the reference
+            return ()
         reference, allowed = self.manifest.reference_model, policy.allowed_models
         plain = Policy(expected_output_tokens=policy.expected_output_tokens)
 
@@ -261,6 +383,7 @@ class Router:
             model
             for model in self._fallbacks
             if (allowed is None or model in allowed or model == reference)
+            and not self.rules.disabled.has(model, 1)
             and model != routed.decision.arm.model
             and affordable(model)
         )
@@ -325,7 +448,10 @@ async def open_router(settings: Settings) -> AsyncIterator[Router]:
     model_prices = prices(manifest.models, settings)
     async with Providers(settings) as providers, _text_models(bundle, settings) as models:
         await asyncio.to_thread(check_golden, manifest, *models)
-        yield Router(manifest, *models, providers, model_prices, routing=settings.routing)
+        router = Router(manifest, *models, providers, model_prices, routing=settings.routing)
+        check(settings.operations.disabled_arms, [manifest])
+        router.operate(settings.operations)
+        yield router
 
 
 @asynccontextmanager

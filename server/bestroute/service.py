@@ -16,6 +16,7 @@ from bestroute.desk import Decided, Desk
 from bestroute.errors import InvalidRequest
 from bestroute.status import Context, Draining, code_of, status_of
 from bestroute.upstream.completion import Delta
+from bestroute.upstream.relay import Opened, Piece
 from bestroute.v1 import routing_pb2 as pb
 from bestroute.wire import Malformed, decoder
 
@@ -141,6 +142,8 @@ class RoutingService:
                         reference_cost = event.routed.decision.reference.estimated_cost_usd
                         decision = _response(request.request, event)
                         yield pb.GenerateResponse(decision=decision)
+                    elif isinstance(event, Opened | Piece):
+                        continue  # of requests that are passed through, and this is none
                     elif with_deltas or not isinstance(event, Delta):
                         yield convert.event(event, reference_cost)
         except InvalidRequest as error:
@@ -167,10 +170,12 @@ class RoutingService:
                     input_usd_per_mtok=prices[model.name].input_usd_per_mtok,
                     output_usd_per_mtok=prices[model.name].output_usd_per_mtok,
                     mean_output_tokens=model.mean_output_tokens,
+                    cached_input_usd_per_mtok=prices[model.name].input_usd_per_mtok
+                    - prices[model.name].cache_saves_usd_per_mtok,
                 )
                 for model in manifest.models
             ],
-            arms=convert.arms(router.rules.arms()),
+            arms=convert.arms(router.rules.arms(), router.rules.disabled),
             calibration=[pb.Point(**point.model_dump()) for point in manifest.curve],
             trade_offs=convert.trade_offs(trade_offs) if trade_offs else (),
             default_quality_per_usd=trade_offs.default_quality_per_usd if trade_offs else None,
@@ -206,7 +211,8 @@ class RoutingService:
     async def _route(self, request: pb.RouteRequest, call: Call) -> pb.RouteResponse:
         prompt = convert.prompt(request, self._limits.max_prompt_bytes)
         policy = convert.policy(request.policy)
-        return _response(request, await self._desk.decide(prompt, policy, call))
+        session = convert.session(request)
+        return _response(request, await self._desk.decide(prompt, policy, call, session))
 
 
 def _response(request: pb.RouteRequest, decided: Decided) -> pb.RouteResponse:

@@ -10,6 +10,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 from bestroute.errors import (
+    ArmDisabled,
     BundleInvalid,
     DeadlineExceeded,
     EngineStalled,
@@ -39,6 +40,7 @@ _CODES: dict[type[Exception], grpc.StatusCode] = {
     EngineStalled: grpc.StatusCode.UNAVAILABLE,
     DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     ProviderFailed: grpc.StatusCode.UNAVAILABLE,
+    ArmDisabled: grpc.StatusCode.FAILED_PRECONDITION,
     BundleInvalid: grpc.StatusCode.FAILED_PRECONDITION,
     NotEnabled: grpc.StatusCode.UNIMPLEMENTED,
     Draining: grpc.StatusCode.UNAVAILABLE,
@@ -89,6 +91,8 @@ def _details(error: Exception) -> list[any_pb2.Any]:
         case EngineStalled():
             stalled = error_details_pb2.ErrorInfo(reason="ENGINE_STALLED", domain="bestroute")
             messages = [stalled, _retry_info(error.retry_after)]
+        case ArmDisabled():
+            messages = [error_details_pb2.ErrorInfo(reason="ARM_DISABLED", domain="bestroute")]
         case ProviderFailed():
             # Tells an LLM's failure from this server's absence, which has the same code.
             messages = [error_details_pb2.ErrorInfo(reason="PROVIDER_FAILED", domain="bestroute")]
@@ -112,6 +116,10 @@ class Reported(Protocol):
     code: grpc.StatusCode | None
     error: Exception | None
 
+    @property
+    def trailer(self) -> tuple[tuple[str, str | bytes], ...]:
+        """What is told with the end besides."""
+
 
 async def abort(context: Context, error: Exception, report: Reported) -> NoReturn:
     """End a call with the status of an error, which is noted in the report with its code."""
@@ -120,7 +128,8 @@ async def abort(context: Context, error: Exception, report: Reported) -> NoRetur
     status = status_of(error)
     report.code, report.error = code_of(status), error
     metadata: list[tuple[str, str | bytes]] = [
-        ("grpc-status-details-bin", status.SerializeToString())
+        ("grpc-status-details-bin", status.SerializeToString()),
+        *report.trailer,
     ]
     if isinstance(error, Overloaded):
         metadata.append(("grpc-retry-pushback-ms", _pushback(error, context.time_remaining())))

@@ -14,12 +14,13 @@ from typing import NamedTuple, TypeVar
 
 from bestroute.batching.batcher import Batcher
 from bestroute.batching.counts import Counts
-from bestroute.bundle import Bundle
+from bestroute.bundle import Bundle, digest, served_name
 from bestroute.call import ANYBODY, Call
 from bestroute.config import Settings
-from bestroute.engine import Cost, Engine, Row, preferred_precisions, settled
+from bestroute.engine import Backend, Cost, Engine, Row, preferred_precisions, settled
 from bestroute.manifest import Network, RewardNetwork
 from bestroute.partition import Budget
+from bestroute.prompt import Turns
 from bestroute.tokenizer import Encoded, Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ class TextModel:
     """
 
     def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, settings: Settings, name: str = "network"
+        self, engine: Backend, tokenizer: Tokenizer, settings: Settings, name: str = "network"
     ) -> None:
         self._engine, self.tokenizer, self._name = engine, tokenizer, name
         on_cpu = settings.engine.provider == "cpu"
@@ -122,17 +123,23 @@ class TextModel:
 
     def fault(self) -> str | None:
         """Why nothing can be read now; None if it can."""
-        return self._batcher.fault()
+        return self._engine.fault or self._batcher.fault()
 
-    async def encode(self, text: str) -> Encoded:
-        """Tokenize a prompt without running the network."""
-        return await self._off_loop(lambda: self.tokenizer.prompt(text), len(text))
+    async def encode(self, prompt: str | Turns) -> Encoded:
+        """Tokenize a prompt, or the turns of a conversation, without running the network."""
+        if isinstance(prompt, str):
+            return await self._off_loop(lambda: self.tokenizer.prompt(prompt), len(prompt))
+        instructions, earlier, question, _ = prompt
+        return await self._off_loop(
+            lambda: self.tokenizer.conversation(instructions, earlier, question),
+            sum(map(len, prompt.read)),
+        )
 
-    async def prompt(self, text: str, call: Call = ANYBODY) -> tuple[Reading, Timing]:
-        """Read a prompt.
+    async def prompt(self, prompt: str | Turns, call: Call = ANYBODY) -> tuple[Reading, Timing]:
+        """Read a prompt, or the turns of a conversation.
 
         Args:
-            text: not empty.
+            prompt: not empty.
             call: who asks, and until when.
 
         Raises:
@@ -143,7 +150,7 @@ class TextModel:
         """
         self._batcher.admit(call)
         start = time.monotonic()
-        encoded = await self.encode(text)
+        encoded = await self.encode(prompt)
         tokenize = self._tokenized(start, call)
         done = await self._batcher.submit(encoded, call)
         timing = Timing(tokenize, done.queued, done.ran, done.batch_size)
@@ -197,6 +204,10 @@ async def load_text_model(
         BundleInvalid: the bundle has no such file, or the network can't be loaded.
         ConfigInvalid: the engine's provider can't be loaded.
     """
+    name = "reward" if isinstance(network, RewardNetwork) else "router"
+    tokenizer = Tokenizer(bundle.tokenizer_path, max_tokens=network.max_tokens)
+    if settings.engine.provider == "kserve":
+        return await _remote_text_model(bundle, network, settings, tokenizer, name)
     engine_settings = settled(settings.engine, network.files)
     path = bundle.network_path(network, preferred_precisions(engine_settings))
     if engine_settings.provider != settings.engine.provider:
@@ -212,9 +223,28 @@ async def load_text_model(
         padded_tokens=padded_tokens,
         wide=wide,
     )
-    tokenizer = Tokenizer(bundle.tokenizer_path, max_tokens=network.max_tokens)
-    name = "reward" if isinstance(network, RewardNetwork) else "router"
     return TextModel(engine, tokenizer, settings, name)
+
+
+async def _remote_text_model(
+    bundle: Bundle, network: Network, settings: Settings, tokenizer: Tokenizer, name: str
+) -> TextModel:
+    """The network as it is served elsewhere; raises as `open_engine` does."""
+    # Not above: whoever embeds a router with an engine of its own needs no gRPC.
+    from bestroute.kserve.engine import open_engine
+
+    sha256 = await asyncio.to_thread(digest, bundle.directory)
+    engine = await open_engine(
+        settings.engine,
+        served_name(name, sha256),
+        sha256,
+        batching=settings.batching,
+        most=_GPU,
+        max_tokens=network.max_tokens,
+    )
+    allowed = {"max_items": engine.max_items, "max_padded_tokens": engine.max_padded_tokens}
+    batching = settings.batching.model_copy(update=allowed)
+    return TextModel(engine, tokenizer, settings.model_copy(update={"batching": batching}), name)
 
 
 _NO_TIME = 1e-12

@@ -7,11 +7,15 @@ start and questions at the end.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from tokenizers import Tokenizer as _Tokenizer
 
 from bestroute.words import Words, reads_words_alone
+
+_BETWEEN = "\n\n"
+"""Between two turns, as in `Prompt.text`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,17 @@ def cut_middle(ids: list[int], limit: int) -> list[int]:
         return ids
     tail = limit // 2
     return ids[: limit - tail] + ids[len(ids) - tail :]
+
+
+def latest(turns: Sequence[list[int]], room: int) -> list[list[int]]:
+    """The last of the turns that fit, and the middle cut out of the first that doesn't."""
+    kept: list[list[int]] = []
+    for turn in reversed(turns):
+        if room <= 0:
+            break
+        kept.append(cut_middle(turn, room))
+        room -= len(turn)
+    return kept[::-1]
 
 
 def share(prompt: int, answer: int, room: int) -> tuple[int, int]:
@@ -80,6 +95,33 @@ class Tokenizer:
         return Encoded(
             (self._start, *kept, self._separator), len(ids), truncated=len(kept) < len(ids)
         )
+
+    def conversation(
+        self, instructions: Sequence[str], earlier: Sequence[str], question: str
+    ) -> Encoded:
+        """Encode the turns of a conversation like `prompt`, with what matters least left out.
+
+        If not all fits, the question comes first, whole if seven eighths of the room hold it. What
+        it leaves is shared by the instructions and the turns between, neither of which crowds the
+        other out: long instructions say little of how hard a turn is. Of those turns the latest are
+        kept; what is cut loses its middle.
+
+        Args:
+            instructions: what the system says.
+            earlier: turns before the question, oldest first.
+            question: the last turn.
+        """
+        told = self._ids(_BETWEEN.join(instructions)) if instructions else []
+        between = [self._ids(_BETWEEN + turn) for turn in earlier]
+        asked = self._ids(_BETWEEN + question if instructions or earlier else question)
+        whole, room = len(told) + sum(map(len, between)) + len(asked), self.max_tokens - 2
+        if whole > room:
+            asked = cut_middle(asked, room - min(len(told), room // 8))
+            left = room - len(asked)
+            told = cut_middle(told, max(left // 2, left - sum(map(len, between))))
+            between = latest(between, left - len(told))
+        kept = (*told, *chain.from_iterable(between), *asked)
+        return Encoded((self._start, *kept, self._separator), whole, truncated=len(kept) < whole)
 
     def pair(self, prompt: str, answer: str) -> Encoded:
         """Encode an answer with its prompt as [CLS] prompt [SEP] answer [SEP].

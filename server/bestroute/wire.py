@@ -19,7 +19,6 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor, FileDescript
 from google.protobuf.message import DecodeError, Message
 
 from bestroute.errors import InvalidRequest
-from bestroute.v1 import routing_pb2
 
 RequestT = TypeVar("RequestT", bound=Message)
 
@@ -167,7 +166,7 @@ def _diagnose(message: type[RequestT], data: bytes) -> Malformed[RequestT] | Non
     """Parse again with nothing checked or dropped, and look for what breaks the contract."""
     descriptor = message.DESCRIPTOR
     try:
-        raw = _lenient(descriptor.full_name).FromString(data)
+        raw = _lenient(descriptor).FromString(data)
     except DecodeError:
         return None
     inner = raw.request if "request" in descriptor.fields_by_name else raw
@@ -178,17 +177,17 @@ def _diagnose(message: type[RequestT], data: bytes) -> Malformed[RequestT] | Non
 
 
 @cache
-def _lenient(name: str) -> type[Any]:
-    """The message class of that name where strings are bytes and a oneof is several fields."""
+def _lenient(contract: Any) -> type[Any]:
+    """A message's class where strings are bytes and a oneof is several fields."""
     pool = descriptor_pool.DescriptorPool()
-    for file in _with_dependencies(routing_pb2.DESCRIPTOR):
+    for file in _with_dependencies(contract.file):
         copy = descriptor_pb2.FileDescriptorProto()
         file.CopyToProto(copy)
         copy.syntax = "proto2"  # where every field knows whether it was set
         for message in copy.message_type:
             _loosen(message)
         pool.Add(copy)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName(name))
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName(contract.full_name))
 
 
 def _with_dependencies(file: FileDescriptor) -> list[FileDescriptor]:

@@ -74,10 +74,12 @@ async def _serve() -> int:
     try:
         async with task_group() as tasks:
             listening = tasks.create_task(listen())
+            spare_what_is_loaded()
             async with serving(settings) as running:
-                spare_what_is_loaded()
                 _report(serves=running.bundle)
-                async with reloading(running.live, settings, lambda: latest, changed):
+                async with reloading(
+                    running.live, settings, lambda: latest, changed, running.apply
+                ):
                     await stop.wait()
                 _log.info("draining")
             listening.cancel()

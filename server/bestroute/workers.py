@@ -18,12 +18,14 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 
-from bestroute.config import ConfigInvalid, Server, Settings
-from bestroute.observe.logs import log_to_stderr
+from bestroute.config import ConfigInvalid, Gateway, Server, Settings
+from bestroute.observe.logs import log_to_stderr, set_level
 from bestroute.process import first_signal, log_ready, on_hangup
+from bestroute.reloading import watching_config
 
 _log = logging.getLogger(__name__)
 
@@ -31,13 +33,14 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
 _LONG_LIFE = 60.0
 
 
-def run(load: Callable[[], Settings]) -> int:
+def run(load: Callable[[], Settings], file: Path | None = None) -> int:
     """Serve with workers until SIGTERM or SIGINT, drain them, and return the exit code.
 
     A second signal kills them and exits now.
 
     Args:
-        load: reads the settings, now and at each SIGHUP.
+        load: reads the settings, now, at each SIGHUP, and where `watch_config` asks for it.
+        file: that they are read from; None: there is none.
 
     Raises:
         ConfigInvalid: the address can't be had, or a worker says that settings or bundle are bad.
@@ -45,28 +48,38 @@ def run(load: Callable[[], Settings]) -> int:
     """
     settings = load()
     log_to_stderr(settings.log_level, settings.log_format)
-    with reserved(settings.server) as address:
+    with ExitStack() as kept:
+        addresses: dict[str, str] = {}
+        if not settings.gateway.alone:
+            addresses["server"] = kept.enter_context(reserved(settings.server))
+        if (address := settings.gateway.address) is not None:
+            gateway = settings.gateway.model_copy(update={"listen": address})
+            addresses["gateway"] = kept.enter_context(reserved(gateway))
 
         def load_again() -> Settings:
-            return _at(address, load())
+            return _at(addresses, load())
 
-        asyncio.run(_supervise(_at(address, settings), load_again))
+        asyncio.run(_supervise(_at(addresses, settings), load_again, file))
     return 0
 
 
-def _at(address: str, settings: Settings) -> Settings:
-    server = settings.server.model_copy(update={"listen": address})
-    return settings.model_copy(update={"server": server})
+def _at(addresses: Mapping[str, str], settings: Settings) -> Settings:
+    """The settings with these addresses, by section."""
+    sections = {
+        section: getattr(settings, section).model_copy(update={"listen": address})
+        for section, address in addresses.items()
+    }
+    return settings.model_copy(update=sections)
 
 
 @contextmanager
-def reserved(server: Server) -> Iterator[str]:
+def reserved(server: Server | Gateway) -> Iterator[str]:
     """Keep an address for workers while the block lasts; gives host:port with the port's number.
 
     Raises:
         ConfigInvalid: a server is there, or is about to be; or this machine has no such address.
     """
-    host, _, port = server.listen.rpartition(":")
+    host, _, port = (server.listen or "").rpartition(":")
     number, missing = 0, None
     with ExitStack() as reservations:
         try:
@@ -100,7 +113,7 @@ def _reserve(made: socket.socket, address: tuple[object, ...]) -> None:
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
 
 
-async def _supervise(settings: Settings, load: Callable[[], Settings]) -> None:
+async def _supervise(settings: Settings, load: Callable[[], Settings], file: Path | None) -> None:
     workers = [_Worker(number + 1, settings) for number in range(settings.server.workers)]
 
     def kill() -> None:
@@ -114,12 +127,14 @@ async def _supervise(settings: Settings, load: Callable[[], Settings]) -> None:
             kill()
             await asyncio.gather(*(worker.end() for worker in workers))
             raise
-        log_ready(bundle, settings.server.listen)
+        alone = settings.gateway.alone and settings.gateway.address
+        log_ready(bundle, alone or settings.server.listen)
         async with asyncio.TaskGroup() as keeping:
             for worker in workers:
                 keeping.create_task(_keep(worker, stop))
             reloading = keeping.create_task(_reload(workers, load, hangup))
-            await stop.wait()
+            async with watching_config(file, settings, load, hangup):
+                await stop.wait()
             reloading.cancel()
             _log.info("draining; a second signal exits now")
             for worker in workers:
@@ -139,6 +154,7 @@ async def _reload(
         except ConfigInvalid as error:
             _log.error("not reloaded, the former settings hold: %s", error)
             continue
+        set_level(settings.log_level)
         for worker in workers:
             worker.reload(settings)
 

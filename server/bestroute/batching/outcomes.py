@@ -61,7 +61,9 @@ class Outcomes(Generic[In, Out]):
                 unsound += 1
                 entry.fail(ArithmeticError(f"the network gave {value}"))
             elif not entry.reply.done():
-                entry.reply.set_result(Done(value, start - entry.since, end - start, size))
+                waited = start - entry.since
+                self._counts.waits.append(waited)
+                entry.reply.set_result(Done(value, waited, end - start, size))
         if unsound == size:
             raise ArithmeticError(f"the network gave {value}")
 

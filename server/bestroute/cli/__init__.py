@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from bestroute import __version__
-from bestroute.cli import bundle, doctor, generate, key, route, score, serve
+from bestroute.cli import bundle, doctor, gateway, generate, health, key, route, score, serve, top
 from bestroute.cli.arguments import described
 from bestroute.cli.terminal import complain
 
@@ -49,11 +49,12 @@ def parser() -> argparse.ArgumentParser:
             "bestroute serve",
             'bestroute route "What is 2 + 2?" --max-quality-drop 0.02',
             'bestroute generate "Write a haiku about rain."',
+            "bestroute top",
             "bestroute doctor",
         ),
     )
     root.add_argument("--version", action="version", version=f"bestroute {__version__}")
     commands = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (serve, route, score, generate, doctor, bundle, key):
+    for command in (serve, gateway, route, score, generate, top, doctor, health, bundle, key):
         command.add(commands)
     return root

@@ -11,7 +11,10 @@ if TYPE_CHECKING:
     # What `add_subparsers` returns; it has no public name.
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
+ADDRESS = "127.0.0.1:50051"
+"""Where the service listens by default."""
 MAX_UINT32 = 2**32 - 1
+SESSION = ("session", "sticky")
 POLICY = (
     "match_threshold",
     "max_quality_drop",
@@ -98,8 +101,8 @@ def add_connection(parser: argparse.ArgumentParser, *, timeout: float) -> None:
     parser.add_argument(
         "--address",
         metavar="HOST:PORT",
-        default="127.0.0.1:50051",
-        help="where the service listens (default: %(default)s)",
+        default=ADDRESS,
+        help=f"where the service listens (default: {ADDRESS})",
     )
     parser.add_argument(
         "--timeout",
@@ -183,6 +186,23 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
         dest="max_cost_usd",
         type=float,
         help="highest estimated cost of the request",
+    )
+
+
+def add_session(parser: argparse.ArgumentParser) -> None:
+    """Declare what the request is a turn of."""
+    group = parser.add_argument_group("session", "default: the request stands alone")
+    group.add_argument(
+        "--session",
+        metavar="ID",
+        type=text,
+        help="the conversation that this is a turn of, by any name",
+    )
+    group.add_argument(
+        "--sticky",
+        action="store_const",
+        const=True,
+        help="stay with the session's model for as long as it may be chosen",
     )
 
 

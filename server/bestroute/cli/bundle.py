@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bestroute.cli import activate
 from bestroute.cli.arguments import add_json, described
 from bestroute.cli.terminal import complain, console, count, facts, percent, table
 from bestroute.errors import BundleInvalid
@@ -28,7 +29,7 @@ def add(commands: "Commands") -> None:
     """Declare the command and its own subcommands."""
     parser = commands.add_parser(
         "bundle",
-        help="show or verify a bundle",
+        help="show, verify or activate a bundle",
         **described(
             "Look at a bundle: the directory that `bestroute-export` makes and the service loads.",
             "bestroute bundle show",
@@ -64,6 +65,7 @@ def add(commands: "Commands") -> None:
     )
     _add_path(verify)
     verify.set_defaults(run=_verify)
+    activate.add(verbs)
 
 
 def _add_path(parser: argparse.ArgumentParser) -> None:

@@ -12,17 +12,19 @@ from typing import TYPE_CHECKING
 from bestroute.cli.arguments import (
     MAX_UINT32,
     POLICY,
+    SESSION,
     add_connection,
     add_json,
     add_policy,
     add_prompt,
+    add_session,
     described,
     given,
     integer,
     text,
 )
 from bestroute.cli.remote import ask
-from bestroute.cli.route import cost, headline, reason
+from bestroute.cli.route import cost, headline, reason, turn
 from bestroute.cli.terminal import complain, console, count, facts, print_json, saved, usd
 from bestroute.client import Client
 from bestroute.v1 import routing_pb2 as pb
@@ -52,6 +54,7 @@ def add(commands: "Commands") -> None:
     )
     add_prompt(parser)
     add_policy(parser)
+    add_session(parser)
     arm = parser.add_argument_group("arm", "skip the routing")
     arm.add_argument("--model", type=text, help="ask this model")
     arm.add_argument(
@@ -94,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
             model=args.model,
             samples=args.samples or 1,
             timeout=args.timeout,
-            **given(args, *POLICY, *_OPTIONS),
+            **given(args, *POLICY, *SESSION, *_OPTIONS),
         )
         async with aclosing(events):
             if args.json:
@@ -110,6 +113,8 @@ async def _show(events: AsyncIterator[pb.GenerateResponse], *, escalate: bool) -
     err = console(sys.stderr)
     decision = (await anext(events)).decision
     err.print(_decision(decision), style="bold")
+    if what := turn(decision):
+        err.print(f"session: {what}")
     # A single sample that no other can replace is the answer; it can be printed as it comes.
     only = decision.arm.samples == 1 and not escalate
     result = await (_follow(events, err) if only else _compare(events, err))

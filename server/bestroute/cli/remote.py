@@ -10,6 +10,7 @@ import grpc
 
 from bestroute.cli.terminal import complain
 from bestroute.client import Client
+from bestroute.client.channel import open_channel
 from bestroute.errors import (
     BestrouteError,
     DeadlineExceeded,
@@ -36,6 +37,20 @@ def client(args: argparse.Namespace) -> Client:
             credentials=_credentials(args),
             server_name=args.tls_server_name,
             token=_token(args),
+        )
+    except ValueError as error:
+        raise Unusable(f"{error}; --tls or --tls-ca connects by TLS") from error
+
+
+def channel(args: argparse.Namespace) -> grpc.aio.Channel:
+    """A channel to the address in the arguments, for what `Client` has no method for.
+
+    Raises:
+        Unusable: TLS or token can't be had as they say.
+    """
+    try:
+        return open_channel(
+            args.address, _credentials(args), server_name=args.tls_server_name, token=_token(args)
         )
     except ValueError as error:
         raise Unusable(f"{error}; --tls or --tls-ca connects by TLS") from error

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING
 
 from bestroute.cli.arguments import (
     POLICY,
+    SESSION,
     add_connection,
     add_json,
     add_policy,
     add_prompt,
+    add_session,
     described,
     given,
 )
@@ -41,6 +43,18 @@ _REASONS = {
 }
 
 
+_TURNS = {
+    pb.SESSION_REASON_NEW: "new",
+    pb.SESSION_REASON_WORTH_MOST: "stays: no other is worth more",
+    pb.SESSION_REASON_STICKY: "stays: it is sticky",
+    pb.SESSION_REASON_TOOL_TURN: "stays: a turn of tools",
+    pb.SESSION_REASON_WORTH_CHANGING: "changed: another is worth more",
+    pb.SESSION_REASON_NOT_ALLOWED: "changed: the former may not be chosen any more",
+    pb.SESSION_REASON_REQUESTED: "the request names the model",
+    pb.SESSION_REASON_FALLBACK: "the router model failed, so that the reference answers",
+}
+
+
 def add(commands: "Commands") -> None:
     """Declare the command."""
     parser = commands.add_parser(
@@ -51,10 +65,12 @@ def add(commands: "Commands") -> None:
             'bestroute route "What is 2 + 2?"',
             "bestroute route - --max-quality-drop 0.02 --explain < prompt.txt",
             'bestroute route "What is 2 + 2?" --json | jq .arm.model',
+            "bestroute route - --session chat-17 --sticky < turn.txt",
         ),
     )
     add_prompt(parser)
     add_policy(parser)
+    add_session(parser)
     parser.add_argument("--explain", action="store_true", help="list every arm")
     add_connection(parser, timeout=10)
     add_json(parser)
@@ -65,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
     """Ask and show the decision."""
 
     async def decide(client: Client) -> None:
-        decision = await client.route(args.prompt, explain=args.explain, **given(args, *POLICY))
+        options = given(args, *POLICY, *SESSION)
+        decision = await client.route(args.prompt, explain=args.explain, **options)
         if args.json:
             print_json(decision)
         else:
@@ -87,6 +104,19 @@ def reason(decision: pb.RouteResponse) -> str:
     return _REASONS.get(decision.fallback_reason, "")
 
 
+def turn(decision: pb.RouteResponse) -> str:
+    """What the session did to it; empty where it has none."""
+    if not decision.HasField("session"):
+        return ""
+    session = decision.session
+    line = f"turn {session.turn}, {_TURNS[session.reason]}"
+    if session.changed:
+        line += f"; {session.previous_model} ran before"
+    if session.cached_tokens:
+        line += f"; {count(session.cached_tokens, 'token')} expected in its prompt cache"
+    return line
+
+
 def cost(decision: pb.RouteResponse) -> str:
     """What is expected to be paid, against the reference."""
     arm, reference = decision.arm, decision.reference
@@ -102,6 +132,7 @@ def _show(decision: pb.RouteResponse) -> None:
     out.print(headline(decision.arm), style="bold")
     rows = [
         ("why", reason(decision)),
+        ("session", turn(decision)),
         _criterion(decision),
         ("cost", cost(decision)),
         ("answer", f"about {count(round(decision.arm.expected_output_tokens), 'token')}"),

@@ -1,6 +1,7 @@
 """`bestroute serve`: run the service."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,17 @@ def add(commands: "Commands") -> None:
             "bestroute serve --provider cuda --bundle ./my-bundle",
         ),
     )
+    add_settings(parser, "127.0.0.1:50051")
+    parser.set_defaults(run=run)
+
+
+def add_settings(parser: argparse.ArgumentParser, listen: str) -> None:
+    """Declare what whoever serves can be told.
+
+    Args:
+        parser: the command's.
+        listen: where it listens if it isn't told.
+    """
     parser.add_argument(
         "--config",
         metavar="FILE",
@@ -38,7 +50,7 @@ def add(commands: "Commands") -> None:
         help="a TOML file; examples/bestroute.toml explains every setting",
     )
     parser.add_argument(
-        "--listen", metavar="HOST:PORT", help="where to listen (default: 127.0.0.1:50051)"
+        "--listen", metavar="HOST:PORT", help=f"where to listen (default: {listen})"
     )
     parser.add_argument(
         "--workers",
@@ -51,8 +63,8 @@ def add(commands: "Commands") -> None:
     )
     parser.add_argument(
         "--provider",
-        choices=("cpu", "cuda", "tensorrt"),
-        help="what computes (default: cpu)",
+        choices=("cpu", "cuda", "tensorrt", "kserve"),
+        help="what computes (default: cpu); kserve needs [engine] endpoint",
     )
     parser.add_argument(
         "--threads",
@@ -65,33 +77,40 @@ def add(commands: "Commands") -> None:
         choices=("DEBUG", "INFO", "WARNING", "ERROR"),
         help="of the log on stderr (default: INFO)",
     )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal comes."""
+    return serve(args, {**settings_of(args), "server": given(args, "listen", "workers")})
+
+
+def serve(args: argparse.Namespace, flags: Mapping[str, Any]) -> int:
+    """Serve by a file's settings, and by flags that win over them, until a signal comes."""
     from bestroute.config import ConfigInvalid, Settings
 
     try:
 
         def load() -> Settings:
-            return Settings.load(args.config, _flags(args))
+            return Settings.load(args.config, flags)
 
-        if load().server.workers > 1:
+        settings = load()
+        if settings.watch_config and args.config is None:
+            raise ConfigInvalid("watch_config: there is no file to watch; start with --config FILE")
+        if settings.server.workers > 1:
             from bestroute import workers
 
-            return workers.run(load)
+            return workers.run(load, args.config)
         from bestroute import app
 
-        return app.run(load)
+        return app.run(load, args.config)
     except (ConfigInvalid, BundleInvalid) as error:
         return complain(str(error), code=2)
 
 
-def _flags(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags that were given, nested as in the file."""
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that were given, nested as in the file; where to listen not among them."""
     return {
         **given(args, "bundle", "log_level"),
-        "server": given(args, "listen", "workers"),
+        "server": given(args, "workers"),
         "engine": given(args, "provider", "threads"),
     }

@@ -18,7 +18,12 @@ reached, is `grpc.aio.AioRpcError`, from both clients.
 """
 
 from bestroute.client.calls import Client
-from bestroute.client.requests import Conversation, GenerateOptions, PolicyOptions
+from bestroute.client.requests import (
+    Conversation,
+    GenerateOptions,
+    PolicyOptions,
+    RouteOptions,
+)
 from bestroute.client.stream import RouteStream
 from bestroute.client.sync import SyncClient, SyncRouteStream
 from bestroute.client.token import Token
@@ -28,6 +33,7 @@ __all__ = [
     "Conversation",
     "GenerateOptions",
     "PolicyOptions",
+    "RouteOptions",
     "RouteStream",
     "SyncClient",
     "SyncRouteStream",

@@ -13,14 +13,15 @@ from bestroute.client.failures import decoded, or_fallback, translated, unreacha
 from bestroute.client.requests import (
     Conversation,
     GenerateOptions,
-    PolicyOptions,
+    RouteOptions,
     generate_request,
     route_request,
     score_request,
+    session_metadata,
 )
 from bestroute.client.stream import RouteStream
 from bestroute.client.token import Token
-from bestroute.client.trace import Outgoing
+from bestroute.client.trace import Metadata, Outgoing
 from bestroute.errors import DeadlineExceeded
 from bestroute.v1 import routing_pb2 as pb
 from bestroute.v1.routing_pb2_grpc import RoutingServiceStub
@@ -98,7 +99,7 @@ class Client:
         *,
         explain: bool = False,
         request_id: str = "",
-        **policy: Unpack[PolicyOptions],
+        **options: Unpack[RouteOptions],
     ) -> pb.RouteResponse:
         """Decide which arm to run.
 
@@ -106,7 +107,7 @@ class Client:
             prompt: a text, or turns `{"role": ..., "content": ...}`.
             explain: whether the answer should list every arm.
             request_id: echoed in the answer.
-            **policy: target and limits; unset takes the bundle's default.
+            **options: policy, of which what is unset takes the bundle's default, and session.
 
         Raises:
             InvalidRequest: the service refuses the request; names the field.
@@ -114,8 +115,9 @@ class Client:
             DeadlineExceeded: no answer in time, and no fallback is set.
             grpc.aio.AioRpcError: UNAVAILABLE, if no fallback is set, or any other failure.
         """
-        request = route_request(prompt, policy, explain=explain, request_id=request_id)
-        answer = self._ask("Route", self._stub.Route, request)
+        request = route_request(prompt, options, explain=explain, request_id=request_id)
+        session = session_metadata(request)
+        answer = self._ask("Route", self._stub.Route, request, session)
         return await or_fallback(answer, self._fallback_model, request_id)
 
     def stream(self) -> RouteStream:
@@ -156,7 +158,7 @@ class Client:
             samples: how many answers to draw from it.
             timeout: seconds in all; when it nears, the best answer so far wins.
             request_id: echoed in the decision.
-            **options: policy, sampling and execution.
+            **options: policy, session, sampling and execution.
 
         Raises:
             InvalidRequest: the service refuses the request; names the field.
@@ -169,7 +171,10 @@ class Client:
             prompt, options, model=model, samples=samples, request_id=request_id
         )
         with translated(), Outgoing("Generate") as metadata:
-            call = self._stub.Generate(request, timeout=timeout, metadata=metadata)
+            session = session_metadata(request.request)
+            call = self._stub.Generate(
+                request, timeout=timeout, metadata=_joined(metadata, session)
+            )
             try:
                 async for event in call:
                     yield decoded(event)
@@ -240,8 +245,10 @@ class Client:
         method: str,
         rpc: "grpc.aio.UnaryUnaryMultiCallable[Request, M]",
         request: Request,
+        more: Metadata = (),
     ) -> M:
         with translated(), Outgoing(method) as metadata:
+            metadata = _joined(metadata, more)
             return decoded(await rpc(request, timeout=self._timeout, metadata=metadata))
 
     async def _serves(self) -> bool:
@@ -251,3 +258,7 @@ class Client:
             if not unreachable(error):
                 raise
             return False
+
+
+def _joined(metadata: Metadata | None, more: Metadata) -> Metadata | None:
+    return (*(metadata or ()), *more) if more else metadata

@@ -11,6 +11,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from bestroute.errors import (
+    ArmDisabled,
     BestrouteError,
     BundleInvalid,
     DeadlineExceeded,
@@ -138,7 +139,9 @@ def _meaning(status: status_pb2.Status, *, by_service: bool) -> BestrouteError |
             if info.reason == "ENGINE_STALLED":
                 return EngineStalled(status.message, _retry_after(status))
         case grpc.StatusCode.FAILED_PRECONDITION if by_service:
-            return BundleInvalid(status.message)
+            info = error_details_pb2.ErrorInfo()
+            off = _unpack(status, info) and info.reason == "ARM_DISABLED"
+            return (ArmDisabled if off else BundleInvalid)(status.message)
     return None
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict, TypeVar
+from urllib.parse import quote
 
 from google.protobuf.message import Message
 
@@ -12,6 +13,11 @@ M = TypeVar("M", bound=Message)
 
 Conversation = str | Iterable[Mapping[str, str]]
 """A prompt, or turns as the OpenAI API takes them: `{"role": ..., "content": ...}`."""
+
+SESSION = "x-bestroute-session"
+"""Metadata that names the session once more, by which a mesh keeps it at one replica."""
+_PRINTABLE = "!\"#$&'()*+,/:;<=>?@[\\]^`{|}"
+"""What is not escaped in it, beside letters, digits and the rest of what URLs leave as it is."""
 
 TARGETS = ("match_threshold", "max_quality_drop", "min_cost_saving")
 
@@ -38,8 +44,20 @@ class PolicyOptions(TypedDict, total=False):
     expected_output_tokens: int
 
 
-class GenerateOptions(PolicyOptions, total=False):
-    """How answers are sampled and run, besides the policy.
+class RouteOptions(PolicyOptions, total=False):
+    """What a request is a turn of, besides the policy.
+
+    Attributes:
+        session: id of the conversation or agent's loop, of the caller's choice; 1 to 256 bytes.
+        sticky: stay with the session's model for as long as it may be chosen.
+    """
+
+    session: str
+    sticky: bool
+
+
+class GenerateOptions(RouteOptions, total=False):
+    """How answers are sampled and run, besides policy and session.
 
     Attributes:
         max_output_tokens: most tokens per answer.
@@ -63,7 +81,7 @@ class GenerateOptions(PolicyOptions, total=False):
 
 
 def route_request(
-    prompt: Conversation, options: PolicyOptions, *, explain: bool = False, request_id: str = ""
+    prompt: Conversation, options: RouteOptions, *, explain: bool = False, request_id: str = ""
 ) -> pb.RouteRequest:
     """A request to decide about a prompt.
 
@@ -76,8 +94,15 @@ def route_request(
         request_id=request_id,
         policy=_picked(pb.RoutingPolicy, options),
         explain=explain,
+        session=_session(options),
         **_asked(prompt),
     )
+
+
+def session_metadata(request: pb.RouteRequest) -> tuple[tuple[str, str], ...]:
+    """What names the request's session to a mesh, which doesn't look into messages."""
+    name = request.session.id
+    return ((SESSION, quote(name, safe=_PRINTABLE)),) if name else ()
 
 
 def score_request(
@@ -106,6 +131,12 @@ def generate_request(
         execution=_picked(pb.Execution, options),
         arm=None if model is None else pb.Arm(model=model, samples=samples),
     )
+
+
+def _session(options: RouteOptions) -> pb.Session | None:
+    """The session, if either of its options is given; that its id is missing the server says."""
+    name, sticky = options.get("session"), options.get("sticky", False)
+    return None if name is None and not sticky else pb.Session(id=name or "", sticky=sticky)
 
 
 def _asked(prompt: Conversation) -> dict[str, Any]:

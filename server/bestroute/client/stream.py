@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self, Unpack
 import grpc
 
 from bestroute.client.failures import decoded, failure, or_fallback, translated
-from bestroute.client.requests import Conversation, PolicyOptions, route_request
+from bestroute.client.requests import Conversation, RouteOptions, route_request
 from bestroute.client.trace import Outgoing
 from bestroute.errors import DeadlineExceeded
 from bestroute.v1 import routing_pb2 as pb
@@ -57,7 +57,7 @@ class RouteStream:
             await self._exchange.close()
 
     async def route(
-        self, prompt: Conversation, *, explain: bool = False, **policy: Unpack[PolicyOptions]
+        self, prompt: Conversation, *, explain: bool = False, **options: Unpack[RouteOptions]
     ) -> pb.RouteResponse:
         """Decide; arguments, answers and errors are those of `Client.route`.
 
@@ -66,7 +66,7 @@ class RouteStream:
         """
         if self._closed:
             raise RuntimeError("the stream is closed")
-        request = route_request(prompt, policy, explain=explain, request_id=str(next(self._ids)))
+        request = route_request(prompt, options, explain=explain, request_id=str(next(self._ids)))
         return await or_fallback(self._ask(request), self._fallback_model, request.request_id)
 
     async def _ask(self, request: pb.RouteRequest) -> pb.RouteResponse:

@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar, Unpack
 import grpc
 
 from bestroute.client.calls import GENERATE_TIMEOUT, Client
-from bestroute.client.requests import Conversation, GenerateOptions, PolicyOptions
+from bestroute.client.requests import Conversation, GenerateOptions, RouteOptions
 from bestroute.client.stream import RouteStream
 from bestroute.client.token import Token
 from bestroute.v1 import routing_pb2 as pb
@@ -73,11 +73,11 @@ class SyncClient:
         *,
         explain: bool = False,
         request_id: str = "",
-        **policy: Unpack[PolicyOptions],
+        **options: Unpack[RouteOptions],
     ) -> pb.RouteResponse:
         """Decide which arm to run; see `Client.route`."""
         return self._loop.run(
-            self._client.route(prompt, explain=explain, request_id=request_id, **policy)
+            self._client.route(prompt, explain=explain, request_id=request_id, **options)
         )
 
     def stream(self) -> "SyncRouteStream":
@@ -154,10 +154,10 @@ class SyncRouteStream:
         self._loop.run(self._stream.close())
 
     def route(
-        self, prompt: Conversation, *, explain: bool = False, **policy: Unpack[PolicyOptions]
+        self, prompt: Conversation, *, explain: bool = False, **options: Unpack[RouteOptions]
     ) -> pb.RouteResponse:
         """Decide; see `RouteStream.route`."""
-        return self._loop.run(self._stream.route(prompt, explain=explain, **policy))
+        return self._loop.run(self._stream.route(prompt, explain=explain, **options))
 
 
 class _LoopThread:

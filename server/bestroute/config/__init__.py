@@ -27,7 +27,7 @@ from bestroute.config.operations import Canary, Operations
 from bestroute.config.security import CallerLimits, Security
 from bestroute.config.server import Server
 from bestroute.config.sessions import Sessions
-from bestroute.config.settings import Settings
+from bestroute.config.settings import Settings, strays
 from bestroute.config.traffic import DecisionLog
 from bestroute.config.upstream import Price, Provider, ServedModel
 
@@ -57,4 +57,5 @@ __all__ = [
     "Tracing",
     "Usd",
     "instead",
+    "strays",
 ]

@@ -19,7 +19,7 @@ class Operations(Section):
     """
 
     shadow: bool = False
-    disabled_arms: tuple[str, ...] = ()
+    disabled_arms: tuple[Annotated[str, Field(min_length=1)], ...] = ()
 
 
 class Canary(Section):

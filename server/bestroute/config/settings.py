@@ -1,6 +1,8 @@
 """All settings together: how they are read, and what is said of their faults."""
 
+import difflib
 import os
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -91,6 +93,34 @@ class Settings(Section):
         except ValidationError as error:
             source = str(file) if file else "configuration"
             raise ConfigInvalid("\n".join(f"{source}: {line}" for line in _faults(error))) from None
+
+
+def strays() -> Iterator[tuple[str, str]]:
+    """Variables `BESTROUTE_*` that say nothing, and, to end a sentence, what was meant."""
+    known = ["BESTROUTE_TOKEN", *_variables(Settings)]
+    for variable, value in os.environ.items():
+        if (
+            variable.startswith("BESTROUTE_")
+            and variable not in known
+            and variable.lower().removeprefix("bestroute_").split("__")[0]
+            not in Settings.model_fields
+            # What Kubernetes tells of a Service of that name.
+            and not (value.startswith("tcp://") or re.search("_SERVICE_|_PORT_", variable))
+        ):
+            end = variable.removeprefix("BESTROUTE")
+            close = [name for name in known if name.endswith("_" + end)]
+            close += difflib.get_close_matches(variable, known, n=1)
+            yield variable, f"; did you mean {close[0]}?" if close else ", and is ignored"
+
+
+def _variables(section: type[BaseModel], prefix: str = "BESTROUTE") -> Iterator[str]:
+    """The environment's names of settings, but for those in tables of names."""
+    for key, field in section.model_fields.items():
+        name = f"{prefix}_{key.upper()}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _variables(field.annotation, f"{name}_")
+        else:
+            yield name
 
 
 def _environment() -> dict[str, Any]:

@@ -96,10 +96,23 @@ class Provider(Section):
 
 
 class Price(Section):
-    """USD per million tokens."""
+    """USD per million tokens.
+
+    Attributes:
+        cached_input_usd_per_mtok: of prompt tokens that the provider had in its prompt cache;
+            unset, they cost what others do.
+    """
 
     input_usd_per_mtok: Usd
     output_usd_per_mtok: Usd
+    cached_input_usd_per_mtok: Usd | None = None
+
+    @model_validator(mode="after")
+    def _cached_is_no_dearer(self) -> Self:
+        cached = self.cached_input_usd_per_mtok
+        if cached is not None and cached > self.input_usd_per_mtok:
+            raise ValueError("cached_input_usd_per_mtok must be at most input_usd_per_mtok")
+        return self
 
 
 class ServedModel(Section):

@@ -31,14 +31,18 @@ class Account:
     __slots__ = ("_ahead", "_day", "_due", "_interval", "limits", "spent")
 
     def __init__(self, limits: CallerLimits) -> None:
+        self._day = 0.0
+        self.spent = 0.0
+        self.limit(limits)
+
+    def limit(self, limits: CallerLimits) -> None:
+        """Have these limits hold from now on; nothing is owed by the former rate."""
         self.limits = limits
+        self._due = 0.0
         rate = limits.requests_per_second
         self._interval = 1 / rate if rate else 0.0
         burst = limits.burst or max(1.0, rate or 0.0)
         self._ahead = (burst - 1) * self._interval
-        self._due = 0.0
-        self._day = 0.0
-        self.spent = 0.0
 
     def wait(self, now: float) -> float:
         """Count a request, if it may be made now.
@@ -149,9 +153,24 @@ class Allowances:
     """
 
     def __init__(self, limits: Mapping[str, CallerLimits]) -> None:
-        self._named = {name: Account(own) for name, own in limits.items() if name != "default"}
-        self._default = limits.get("default", CallerLimits())
+        self._named: dict[str, Account] = {}
         self._others: OrderedDict[str, Account] = OrderedDict()
+        self.limit(limits)
+
+    def limit(self, limits: Mapping[str, CallerLimits]) -> None:
+        """Have other limits hold from now on; accounts are kept."""
+        self._default = limits.get("default", CallerLimits())
+        for name in self._named.keys() - limits.keys():
+            self._others[machine(name)] = self._named.pop(name)
+        for account in self._others.values():
+            if account.limits != self._default:
+                account.limit(self._default)
+        for name, own in limits.items():
+            if name != "default":
+                known = self._named.get(name) or self._others.pop(machine(name), None)
+                self._named[name] = account = known or Account(own)
+                if account.limits != own:
+                    account.limit(own)
         self._rated = any(own.requests_per_second for own in limits.values())
         self._billed = any(own.usd_per_day is not None for own in limits.values())
 

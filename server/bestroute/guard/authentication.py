@@ -26,8 +26,8 @@ if TYPE_CHECKING:  # generic in the stub files only
 @asynccontextmanager
 async def authenticating(
     security: Security, refused: Callable[[str], None]
-) -> AsyncIterator[list[grpc.aio.ServerInterceptor]]:
-    """The interceptors that authenticate while the block lasts; none where nothing is configured.
+) -> AsyncIterator["Authentication | None"]:
+    """The interceptor that authenticates while the block lasts; none where nothing is configured.
 
     Args:
         security: how callers show who they are.
@@ -37,7 +37,7 @@ async def authenticating(
         ConfigInvalid: the keys can't be read.
     """
     if not security.credentials:
-        yield []
+        yield None
         return
     keys = read_keys(security.api_keys_file) if security.api_keys_file else None
     tokens = Tokens(security) if security.tokens else None
@@ -48,7 +48,7 @@ async def authenticating(
     async with task_group() as tasks:
         following = [tasks.create_task(source.follow()) for source in sources]
         try:
-            yield [Authentication(keys, tokens, refused)]
+            yield Authentication(keys, tokens, refused)
         finally:
             for task in following:
                 task.cancel()
@@ -61,6 +61,10 @@ class Authentication(grpc.aio.ServerInterceptor):
         keys: those that are good; None: no key is.
         tokens: verifies JWTs; None: none is good.
         refused: is told the method of every call that is refused.
+
+    Attributes:
+        words: what whoever is refused is told; the same whatever was wrong with what was shown,
+            since details would help who guesses.
     """
 
     def __init__(
@@ -74,8 +78,7 @@ class Authentication(grpc.aio.ServerInterceptor):
             *(["an API key"] if keys else []),
             *(["a valid JWT"] if tokens else []),
         ]
-        # The same whatever was wrong with what was shown: details would help who guesses.
-        self._words = f"send {' or '.join(shown)} as metadata authorization: Bearer ..."
+        self.words = f"send {' or '.join(shown)} as metadata authorization: Bearer ..."
 
     async def intercept_service(
         self,
@@ -87,14 +90,15 @@ class Authentication(grpc.aio.ServerInterceptor):
         method = str(handler_call_details.method)
         if handler is None or method.startswith(OPEN):
             return handler
-        caller = await self._caller(handler_call_details.invocation_metadata)
+        caller = await self.caller(handler_call_details.invocation_metadata)
         if caller is None:
             self._refused(method)
             return self._refusal(handler)
         authenticated.set(caller)  # the RPC's handler runs in this task
         return handler
 
-    async def _caller(self, metadata: Any) -> str | None:
+    async def caller(self, metadata: Any) -> str | None:
+        """The caller by what its metadata shows, or an HTTP request's headers; None: nobody."""
         shown = [
             (key, value) for key, value in metadata or () if key in ("authorization", "x-api-key")
         ]
@@ -115,7 +119,7 @@ class Authentication(grpc.aio.ServerInterceptor):
     def _refusal(self, handler: "Handler") -> "Handler":
         async def refuse(_: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:
             await context.abort(
-                grpc.StatusCode.UNAUTHENTICATED, self._words, (("www-authenticate", "Bearer"),)
+                grpc.StatusCode.UNAUTHENTICATED, self.words, (("www-authenticate", "Bearer"),)
             )
 
         # Of the handler's kind, but without its decoder: strangers' messages aren't even parsed.

@@ -2,9 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from typing import Any
-
-import grpc
+from typing import Any, Protocol
 
 from bestroute.call import Call, Priority
 from bestroute.config import CallerLimits, Security
@@ -18,6 +16,22 @@ PRIORITY = "bestroute-priority"
 _UNLIMITED = CallerLimits()
 _ANYBODY = Security()
 _LONGEST_NAME = 256
+
+
+class Asked(Protocol):
+    """What is known of a call: gRPC's context, or what HTTP has for it."""
+
+    def time_remaining(self) -> float | None:
+        """Seconds that its caller waits; None: as long as it takes."""
+
+    def invocation_metadata(self) -> Any:
+        """Pairs of lower-case names and values."""
+
+    def auth_context(self) -> Mapping[str, Any]:
+        """What its certificate says; see `certified`."""
+
+    def peer(self) -> str:
+        """Where it connects from; see `addresses.machine`."""
 
 
 class Callers:
@@ -35,7 +49,12 @@ class Callers:
         self._metadata = security.caller_metadata
         self._allowances = Allowances(limits)
 
-    def identify(self, context: grpc.aio.ServicerContext[Any, Any]) -> Call:
+    def limit(self, limits: Mapping[str, CallerLimits]) -> None:
+        """Have other limits hold from now on; what callers have had so far is remembered."""
+        self._limits, self._default = limits, limits.get("default", _UNLIMITED)
+        self._allowances.limit(limits)
+
+    def identify(self, context: Asked) -> Call:
         """The circumstances of a call.
 
         Its caller goes by the first of these that there is: the name in its API key or JWT, that in
@@ -65,6 +84,21 @@ class Callers:
                 f"not {priority.name.lower()}"
             )
         return Call(deadline, caller, limits.weight, priority)
+
+    def behind(self, call: Call, headers: Mapping[str, str]) -> Call:
+        """The call of whom a proxy's own call is about.
+
+        Args:
+            call: the proxy's.
+            headers: of the request that came to it, by their names in lower case. What
+                `security.caller_metadata` names is in them; else it is the proxy's.
+        """
+        caller = headers.get(self._metadata or "", "")[:_LONGEST_NAME]
+        if not caller:
+            return call
+        limits = self._limits.get(caller, self._default)
+        priority = max(limits.most_urgent, call.priority)
+        return call._replace(caller=caller, weight=limits.weight, priority=priority)
 
     def admit(self, call: Call) -> None:
         """Count a request.

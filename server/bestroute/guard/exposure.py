@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bestroute.addresses import stays_here
-from bestroute.config import Settings
+from bestroute.config import Security, Settings
 
 _log = logging.getLogger(__name__)
 
@@ -28,9 +28,13 @@ def exposures(settings: Settings) -> Iterator[str]:
             yield f"{key} {file} can be read by every user of this machine; chmod o= it"
     if settings.metrics.listen is not None and not stays_here(settings.metrics.listen):
         yield f"whoever can reach {settings.metrics.listen} may read the metrics"
-    security, listen = settings.security, settings.server.listen
-    if stays_here(listen):
-        return
+    own = () if settings.gateway.alone else (settings.server.listen,)
+    for listen in filter(None, (*own, settings.gateway.address)):
+        if not stays_here(listen):
+            yield from _reachable(settings.security, listen)
+
+
+def _reachable(security: Security, listen: str) -> Iterator[str]:
     if security.certificate is None and security.credentials:
         yield (
             f"keys and tokens that callers send to {listen} travel in the clear; set "

@@ -23,6 +23,7 @@ class _Contents(NamedTuple):
     certificate: bytes
     private_key: bytes
     client_ca: bytes | None
+    context: ssl.SSLContext
 
 
 def server_credentials(security: Security) -> grpc.ServerCredentials | None:
@@ -35,18 +36,45 @@ def server_credentials(security: Security) -> grpc.ServerCredentials | None:
         return None
     files = _Files(security.certificate, security.private_key, security.client_ca)
     followed = Certificates(files)
+
+    def changed() -> grpc.ServerCertificateConfiguration | None:
+        contents = followed.changed()
+        return None if contents is None else _configuration(contents)
+
     return grpc.dynamic_ssl_server_credentials(
         _configuration(followed.first),
-        followed.changed,  # type: ignore[arg-type]  # None says: as before
+        changed,  # type: ignore[arg-type]  # None says: as before
         require_client_authentication=files.client_ca is not None,
     )
+
+
+def server_context(security: Security) -> ssl.SSLContext | None:
+    """The same for HTTP: a context that follows its files; None: the server talks in the clear.
+
+    Raises:
+        ConfigInvalid: the files can't be read, or don't belong together.
+    """
+    if security.certificate is None or security.private_key is None:
+        return None
+    files = _Files(security.certificate, security.private_key, security.client_ca)
+    followed = Certificates(files)
+    latest = followed.first.context
+
+    def connecting(connection: ssl.SSLObject, name: str | None, _: ssl.SSLContext) -> None:
+        nonlocal latest
+        if (contents := followed.changed()) is not None:
+            latest = contents.context
+        connection.context = latest
+
+    context = followed.first.context
+    context.sni_callback = connecting  # called whether or not the client names a server
+    return context
 
 
 class Certificates:
     """Certificates in files.
 
-    They are looked at when a client connects, by a thread of gRPC's: four `stat` beside a
-    handshake of a millisecond.
+    They are looked at when a client connects: four `stat` beside a handshake of a millisecond.
 
     Args:
         files: theirs.
@@ -63,7 +91,7 @@ class Certificates:
         self._seen = self._state()
         self.first = _read(files)
 
-    def changed(self) -> grpc.ServerCertificateConfiguration | None:
+    def changed(self) -> _Contents | None:
         """What the files hold, if that is new and good; else the last good one goes on serving."""
         state = self._state()
         if state == self._seen:
@@ -79,7 +107,7 @@ class Certificates:
             return None
         self._seen = state
         _log.info("serving the new certificate of %s", self._files.certificate)
-        return _configuration(contents)
+        return contents
 
     def _state(self) -> tuple[object, ...]:
         """Differs from any earlier one, once a file has been written or replaced."""
@@ -113,6 +141,7 @@ def _read(files: _Files) -> _Contents:
             files.certificate.read_bytes(),
             files.private_key.read_bytes(),
             None if files.client_ca is None else files.client_ca.read_bytes(),
+            context,
         )
     except OSError as error:
         raise ConfigInvalid(f"security: a file of TLS can't be read: {error}") from error
@@ -127,6 +156,7 @@ def _read(files: _Files) -> _Contents:
     if contents.client_ca is not None:
         try:
             context.load_verify_locations(cadata=contents.client_ca.decode())
+            context.verify_mode = ssl.CERT_REQUIRED
         except (OSError, ValueError) as error:
             raise ConfigInvalid(
                 f"security.client_ca {files.client_ca} holds no certificates in PEM ({error})"

@@ -51,7 +51,7 @@ async def exposed(
         ConfigInvalid: the address can't be had.
     """
     named = frozenset(settings.callers) - {"default"}
-    metrics = Metrics(named, lambda: live.router.prices)
+    metrics = Metrics(named, lambda: live.prices)
     provider_of = {name: model.provider for name, model in settings.models.items()}
     collector = _Collector(metrics, Snapshots(live, traffic), provider_of)
     registry = CollectorRegistry(auto_describe=False)

@@ -7,9 +7,11 @@ from prometheus_client.core import (
     GaugeMetricFamily,
     HistogramMetricFamily,
     Metric,
+    SummaryMetricFamily,
 )
 from prometheus_client.utils import floatToGoString
 
+from bestroute.observe.bundles import Did
 from bestroute.observe.histogram import Histogram
 from bestroute.observe.metrics import Metrics, Stages
 
@@ -45,6 +47,16 @@ def histograms(
     for labels, histogram in values.items():
         buckets = [(bound(end), count) for end, count in histogram.cumulative()]
         family.add_metric(labels, buckets, histogram.sum)
+    return family
+
+
+def means(
+    name: str, text: str, names: Sequence[str], values: Mapping[Labels, tuple[int, float]]
+) -> Metric:
+    """A family of summaries without quantiles, by the values of their labels: count and sum."""
+    family = SummaryMetricFamily(name, text, labels=names)
+    for labels, (count, total) in values.items():
+        family.add_metric(labels, count_value=count, sum_value=total)
     return family
 
 
@@ -92,6 +104,7 @@ def noted(metrics: Metrics, provider_of: Mapping[str, str]) -> Iterator[Metric]:
         {**_stages("router", metrics.router), **_stages("reward", metrics.reward)},
     )
     yield from _decisions(metrics)
+    yield from _bundles(metrics.bundles.by_version())
     yield from _answers(metrics, provider_of)
     yield histograms(
         "bestroute_event_loop_lag_seconds",
@@ -119,6 +132,15 @@ def _decisions(metrics: Metrics) -> Iterator[Metric]:
             for (model, samples, fallback), count in dict(metrics.decisions).items()
         },
     )
+    yield counters(
+        "bestroute_session_turns",
+        "Turns of sessions, by why the model is the one of the turn before, or another.",
+        ("reason", "changed"),
+        {
+            (reason.lower(), str(changed).lower()): count
+            for (reason, changed), count in dict(metrics.session_turns).items()
+        },
+    )
     yield histograms(
         "bestroute_match_probability",
         "Predicted probability of chosen arms, other than the reference, to be as good as it.",
@@ -136,6 +158,86 @@ def _decisions(metrics: Metrics) -> Iterator[Metric]:
         "Estimated cost of the same, had the reference answered it all.",
         (),
         {(): metrics.reference_usd},
+    )
+    yield counters(
+        "bestroute_shadow_decisions",
+        "In shadow mode, decisions by the arm that would have been run.",
+        ("model", "samples"),
+        {(model, str(n)): count for (model, n), (count, _) in dict(metrics.shadow).items()},
+    )
+    yield counters(
+        "bestroute_shadow_cost_usd",
+        "In shadow mode, estimated cost of what would have been run.",
+        ("model", "samples"),
+        {(model, str(n)): usd for (model, n), (_, usd) in dict(metrics.shadow).items()},
+    )
+    yield counters(
+        "bestroute_shadow_saving_usd",
+        "In shadow mode, what would have been saved where what would have been run costs less.",
+        (),
+        {(): metrics.shadow_saving_usd},
+    )
+
+
+def _bundles(did: Mapping[str, Did]) -> Iterator[Metric]:
+    """What each bundle did, by its version."""
+    yield counters(
+        "bestroute_bundle_decisions",
+        "Decisions by each bundle, and why they are not the arm that meets the target.",
+        ("bundle", "fallback"),
+        {
+            (version, (fallback or "none").lower()): count
+            for version, of in did.items()
+            for fallback, count in dict(of.decisions).items()
+        },
+    )
+    yield counters(
+        "bestroute_bundle_errors",
+        "Requests that a bundle could not answer, by what went wrong.",
+        ("bundle", "error"),
+        {(v, error): n for v, of in did.items() for error, n in dict(of.errors).items()},
+    )
+    yield counters(
+        "bestroute_bundle_estimated_cost_usd",
+        "Estimated cost of what each bundle decided.",
+        ("bundle",),
+        {(version,): of.estimated_usd for version, of in did.items()},
+    )
+    yield counters(
+        "bestroute_bundle_reference_cost_usd",
+        "Estimated cost of the same, had the reference answered it all.",
+        ("bundle",),
+        {(version,): of.reference_usd for version, of in did.items()},
+    )
+    yield counters(
+        "bestroute_bundle_cost_usd",
+        "What the Generates of each bundle cost, by the tokens that they used.",
+        ("bundle",),
+        {(version,): of.cost_usd for version, of in did.items()},
+    )
+    yield means(
+        "bestroute_bundle_match_probability",
+        "Predicted probability of what was chosen to be as good as the reference.",
+        ("bundle",),
+        {(version,): (of.probabilities, of.probability) for version, of in did.items()},
+    )
+    yield means(
+        "bestroute_bundle_reward",
+        "Rewards of answers that were drawn, by the bundle's own reward model.",
+        ("bundle",),
+        {(version,): (of.rewards, of.reward) for version, of in did.items()},
+    )
+    yield histograms(
+        "bestroute_bundle_decision_duration_seconds",
+        "Time that decisions spent in each bundle's router network, waits included.",
+        ("bundle",),
+        {(version,): of.seconds for version, of in did.items()},
+    )
+    yield histograms(
+        "bestroute_bundle_generate_duration_seconds",
+        "From the arrival of a Generate to its result.",
+        ("bundle",),
+        {(version,): of.answer_seconds for version, of in did.items()},
     )
 
 

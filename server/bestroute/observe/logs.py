@@ -52,6 +52,11 @@ def log_to_stderr(
     logging.getLogger("opentelemetry").setLevel(logging.ERROR)  # one line per retry otherwise
 
 
+def set_level(level: str) -> None:
+    """From now on log what is of a level, DEBUG, INFO, WARNING or ERROR, or above it."""
+    logging.getLogger().setLevel(level)
+
+
 class JsonFormatter(logging.Formatter):
     """A record as a JSON object in one line of ASCII.
 

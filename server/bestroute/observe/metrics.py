@@ -5,14 +5,16 @@ Only the event loop's thread writes; a scrape's reads whenever it comes, see `ex
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import grpc
 
 from bestroute.best_of_n import Event, FellBack, Result
 from bestroute.call import Call
 from bestroute.candidate import Candidate
+from bestroute.decision import Option
 from bestroute.errors import BestrouteError
+from bestroute.observe.bundles import Bundles
 from bestroute.observe.histogram import Histogram, renard
 from bestroute.pricing import ModelPrice, cost
 from bestroute.router import Routed
@@ -38,7 +40,10 @@ ANSWER_SECONDS = tuple(0.01 * 2**power for power in range(14))
 _REASONS = frozenset({"stop", "length", "content_filter", "tool_calls", CANCELLED, "error"})
 """Why answers end. Providers have more words for it, which would be labels without bounds."""
 _OTHER = "other"
-_METHODS = routing_pb2.DESCRIPTOR.services_by_name["RoutingService"].methods_by_name
+_METHODS = {
+    *routing_pb2.DESCRIPTOR.services_by_name["RoutingService"].methods_by_name,
+    *("Process", "ChatCompletions", "Models"),
+}
 
 
 class Stages:
@@ -77,6 +82,10 @@ class Metrics:
         match_probability: of chosen arms other than the reference.
         estimated_usd: of the chosen arms.
         reference_usd: estimated, had the reference answered all that was decided.
+        shadow: in shadow mode, how often what would have been run, and its estimated cost in USD,
+            by model and samples.
+        shadow_saving_usd: in shadow mode, estimated, of what would have cost less.
+        bundles: what each bundle did.
         candidates: by model and why it ended.
         cost_usd: of all candidates, by model.
         operations: seconds that candidates took, by model and "error" if they failed.
@@ -85,6 +94,7 @@ class Metrics:
         duration: seconds from the arrival of a Generate to its result, likewise.
         fallbacks: from one model to another.
         escalations: results for which the reference was asked as well.
+        session_turns: by why the model is what it is, and whether it is another than before.
         lag: how late the event loop ran what was due, in seconds.
     """
 
@@ -100,7 +110,9 @@ class Metrics:
         self.router, self.reward = Stages(), Stages()
         self.decisions = Counter[tuple[str, int, str | None]]()
         self.match_probability = Histogram(PROBABILITIES)
-        self.estimated_usd = self.reference_usd = 0.0
+        self.estimated_usd = self.reference_usd = self.shadow_saving_usd = 0.0
+        self.shadow: dict[tuple[str, int], tuple[int, float]] = {}
+        self.bundles = Bundles()
         self.candidates = Counter[tuple[str, str]]()
         self.cost_usd = defaultdict[str, float](float)
         self.operations = defaultdict[tuple[str, str], Histogram](lambda: Histogram(ANSWER_SECONDS))
@@ -109,7 +121,12 @@ class Metrics:
         self.duration = defaultdict[str, Histogram](lambda: Histogram(ANSWER_SECONDS))
         self.fallbacks = Counter[tuple[str, str]]()
         self.escalations = 0
+        self.session_turns = Counter[tuple[str, bool]]()
         self.lag = Histogram(LAG_SECONDS)
+
+    def tell_apart(self, callers: Iterable[str]) -> None:
+        """Have these callers be labels from now on."""
+        self._callers = frozenset(callers) - {"default"}
 
     def begun(self, method: str) -> None:
         """Count an RPC that has begun."""
@@ -128,7 +145,7 @@ class Metrics:
             method = _OTHER
         self.rpcs[method, code].observe(seconds)
         if error is not None:
-            self._failed(error)
+            self.failed(error)
         if call is not None:
             self.in_flight[method] -= 1
             if self._callers:
@@ -139,12 +156,14 @@ class Metrics:
         """Count a message of a RouteStream that was answered."""
         self.messages[code].observe(seconds)
         if error is not None:
-            self._failed(error)
+            self.failed(error)
 
     def routed(self, routed: Routed) -> None:
         """Count a decision; an arm that the request has named is none."""
         decision, timing = routed.decision, routed.timing
         arm, fallback = decision.arm, decision.fallback
+        if routed.turn is not None:
+            self.session_turns[routed.turn.reason.name, routed.turn.changed] += 1
         if timing is not None:
             self.router.observe(timing)
             if arm.model != decision.reference.model:
@@ -154,6 +173,14 @@ class Metrics:
         self.decisions[arm.model, arm.samples, fallback and fallback.name] += 1
         self.estimated_usd += arm.estimated_cost_usd
         self.reference_usd += decision.reference.estimated_cost_usd
+        if routed.shadow is not None:
+            self._shadowed(routed.shadow, decision.reference)
+
+    def _shadowed(self, arm: Option, reference: Option) -> None:
+        count, usd = self.shadow.get((arm.model, arm.samples), (0, 0.0))
+        self.shadow[arm.model, arm.samples] = count + 1, usd + arm.estimated_cost_usd
+        saved = reference.estimated_cost_usd - arm.estimated_cost_usd
+        self.shadow_saving_usd += max(0.0, saved)  # a counter must not fall
 
     def scored(self, scored: Scored) -> None:
         """Count scores."""
@@ -182,10 +209,14 @@ class Metrics:
         elif isinstance(event, FellBack):
             self.fallbacks[event.failed_model, event.model] += 1
 
-    def _failed(self, error: Exception) -> None:
-        # Of any other error, the code says all that callers are told.
-        known = isinstance(error, BestrouteError | Draining)
-        self.errors[type(error).__name__ if known else _OTHER] += 1
+    def failed(self, error: Exception) -> None:
+        """Count an error."""
+        self.errors[named(error)] += 1
+
+
+def named(error: Exception) -> str:
+    """An error as a label; of any other than ours, the code says all that callers are told."""
+    return type(error).__name__ if isinstance(error, BestrouteError | Draining) else _OTHER
 
 
 def _rpc_seconds() -> Histogram:

@@ -57,7 +57,17 @@ _GAUGES: dict[str, tuple[str, Labels]] = {
         ("provider", "model", "state"),
     ),
     "bestroute_serving": ("Whether requests can be answered; as health says it.", ()),
-    "bestroute_bundle_info": ("The bundle that serves.", ("name", "version")),
+    "bestroute_bundle_info": (
+        "The bundle that serves, and the canary that gets a share of its traffic.",
+        ("role", "name", "version"),
+    ),
+    "bestroute_canary_serving": (
+        "Whether the canary that is configured serves; else the bundle serves all requests.",
+        (),
+    ),
+    "bestroute_canary_share": ("Share of the traffic that the canary is to get.", ()),
+    "bestroute_shadow_mode": ("Whether the reference answers whatever is decided.", ()),
+    "bestroute_disabled_arm": ("1 for each arm, or model, that is switched off.", ("arm",)),
     "bestroute_drift_decisions": ("Prompts of the last hour, which drift is measured by.", ()),
     "bestroute_drift_psi": (
         "Population stability index of the last hour's prompts against the training data.",
@@ -98,25 +108,47 @@ class Snapshots:
         self._live, self._traffic = live, traffic
         self._figures: Figures | None = None
         self._figured = 0.0
-        self._router: ref[Router] | None = None
-        self._former, self._latest = Counter[Key](), Counter[Key]()
-        self._now: tuple[Counter[Key], dict[Key, float]] = self._latest, {}
+        # Routers are not held: they are large, and who replaces them wants them gone.
+        self._latest: list[tuple[ref[Router], Counter[Key]]] = []
+        self._former = Counter[Key]()
+        self._now: tuple[Counter[Key], dict[Key, float]] = Counter[Key](), {}
 
     def take(self) -> None:
         """Look now."""
-        router = self._live.router
-        if self._router is None or self._router() is not router:
-            self._former.update(self._latest)
-            # Not held: it is large, and who replaces it wants it gone.
-            self._router = ref(router)
-        self._latest = _counted(router)
+        router, canary = self._live.router, self._live.canary
+        serving = [router] if canary is None else [router, canary]
+        for known, counts in self._latest:
+            if not any(known() is each for each in serving):
+                self._former.update(counts)
+        self._latest = [(ref(each), _counted(each)) for each in serving]
         totals = self._former.copy()
-        totals.update(self._latest)
+        for _, counts in self._latest:
+            totals.update(counts)
         levels = _measured(router)
+        self._add_operations(levels)
         if self._figures is None or time.monotonic() - self._figured > _FIGURES_PERIOD:
             self._figures, self._figured = self._traffic.figures(router.manifest), time.monotonic()
         _add(self._figures, totals, levels)
         self._now = totals, levels
+
+    def _add_operations(self, levels: dict[Key, float]) -> None:
+        """Add the canary, and what operators overrule."""
+        live = self._live
+        levels["bestroute_shadow_mode",] = float(live.operations.shadow)
+        for arm in live.operations.disabled_arms:
+            levels["bestroute_disabled_arm", arm] = 1.0
+        if live.canary_serves is not None:
+            levels["bestroute_canary_serving",] = float(live.canary_serves)
+            levels["bestroute_canary_share",] = live.share
+        if (canary := live.canary) is not None:
+            manifest = canary.manifest
+            levels["bestroute_bundle_info", "canary", manifest.name, manifest.version] = 1.0
+            for network, model in canary.networks().items():
+                levels["bestroute_queue_depth", network] += model.counts.waiting
+                levels["bestroute_inputs_running", network] += model.counts.running
+            for provider, of in canary.providers.counts().items():
+                key = "bestroute_provider_calls_in_flight", provider
+                levels[key] = levels.get(key, 0.0) + of.in_flight
 
     def families(self) -> Iterator[Metric]:
         """What was last seen."""
@@ -194,7 +226,7 @@ def _measured(router: Router) -> dict[Key, float]:
     manifest = router.manifest
     levels: dict[Key, float] = {
         ("bestroute_serving",): float(router.fault() is None),
-        ("bestroute_bundle_info", manifest.name, manifest.version): 1.0,
+        ("bestroute_bundle_info", "stable", manifest.name, manifest.version): 1.0,
     }
     for network, model in router.networks().items():
         levels["bestroute_queue_depth", network] = model.counts.waiting

@@ -177,6 +177,16 @@ class Traced:
                 "bestroute.truncated": routed.truncated,
             }
         )
+        if (turn := routed.turn) is not None:
+            self._span.set_attributes(
+                {
+                    "bestroute.session.turn": turn.number,
+                    "bestroute.session.previous_model": turn.previous_model or "",
+                    "bestroute.session.changed": turn.changed,
+                    "bestroute.session.reason": turn.reason.name,
+                    "bestroute.session.cached_tokens": turn.cached_tokens,
+                }
+            )
 
     def scored(self, scored: Scored) -> None:
         """Tell of the rewards."""

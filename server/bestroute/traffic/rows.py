@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow
 
 from bestroute.candidate import Candidate
-from bestroute.decision import Options, Rate, Threshold
+from bestroute.decision import Option, Options, Rate, Threshold
 from bestroute.traffic.noted import Noted, Told
 from bestroute.traffic.schema import DECISION, FEEDBACK_ROW
 
@@ -33,6 +33,7 @@ def decisions(
         routed, policy, decision = noted.routed, noted.policy, noted.routed.decision
         arm, criterion, options = decision.arm, decision.criterion, decision.options
         text, result, drawn = noted.prompt.text, noted.result, noted.candidates
+        shadow = routed.shadow
         target = next((name for name in _TARGETS if getattr(policy, name) is not None), None)
         known = isinstance(options, Options)
         return (
@@ -58,6 +59,7 @@ def decisions(
             decision.reference.model,
             decision.reference.estimated_cost_usd,
             decision.fallback.name if decision.fallback else None,
+            *((None, None, None) if shadow is None else _priced(shadow)),
             options.match_probability if isinstance(options, Options) else None,
             options.expected_gain if isinstance(options, Options) else None,
             None if drawn is None else [_candidate(each, answers) for each in drawn],
@@ -77,6 +79,10 @@ def feedback(*, callers: bool) -> Callable[[Sequence[Told]], pyarrow.RecordBatch
         return told.decision_id, told.time, told.quality, told.source, caller
 
     return lambda told: _batch([row(each) for each in told], FEEDBACK_ROW)
+
+
+def _priced(arm: Option) -> tuple[str, int, float]:
+    return arm.model, arm.samples, arm.estimated_cost_usd
 
 
 def _candidate(candidate: Candidate, text: bool) -> dict[str, Any]:

@@ -60,6 +60,10 @@ DECISION = pyarrow.schema(
         "reference_model": pyarrow.string(),
         "reference_cost_usd": pyarrow.float64(),
         "fallback": pyarrow.string(),
+        # in shadow mode, where the reference answers: what would have been run; else null
+        "shadow_model": pyarrow.string(),
+        "shadow_samples": pyarrow.int32(),
+        "shadow_cost_usd": pyarrow.float64(),
         # of every arm in the bundle's order; null where the router did not run
         "match_probabilities": pyarrow.list_(pyarrow.float32()),
         "expected_gains": pyarrow.list_(pyarrow.float32()),
@@ -71,6 +75,9 @@ DECISION = pyarrow.schema(
         "escalated": pyarrow.bool_(),
     }
 )
+
+ADDED = frozenset({"shadow_model", "shadow_samples", "shadow_cost_usd"})
+"""Columns that files of former versions lack; there they are null."""
 
 FEEDBACK_ROW = pyarrow.schema(
     {

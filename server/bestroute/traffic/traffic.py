@@ -26,8 +26,9 @@ LONGEST_SOURCE = 100
 SOURCES = ("user", "verifier", "judge", "other")
 """Kinds of sources that are counted: what comes before a colon, or other."""
 
-_BUNDLES = 2
-"""That traffic is compared with at a time: while one takes over, requests of the former end."""
+_BUNDLES = 4
+"""That traffic is compared with at a time: the one that serves and a canary, and while others take
+their places, those whose requests end."""
 _SETTLED = 16_384
 """Decisions that are known to count no more for calibration; the oldest are forgotten."""
 
@@ -113,6 +114,8 @@ class Traffic:
     def figures(self, manifest: Manifest) -> Figures:
         """What there is to tell, compared with the training data of the bundle that serves."""
         comparison = self._comparison(manifest)
+        # The last to be forgotten, however many canaries come and go.
+        self._comparisons[id(manifest)] = self._comparisons.pop(id(manifest))
         return Figures(
             self._log.rows() if self._log else {},
             {kind: self._feedback[kind] for kind in SOURCES},

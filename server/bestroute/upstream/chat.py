@@ -5,8 +5,10 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 from yarl import URL
@@ -25,6 +27,15 @@ _LINGERING = 0.1
 _ERROR_PAGE = 1 << 16
 """Bytes of an error that are read, in at most so many seconds: """
 _ERROR_WAIT = 2.0
+
+FAILURES = (
+    aiohttp.ClientError,
+    OSError,  # TimeoutError is one
+    ValueError,  # of JSON and of UTF-8
+    RecursionError,  # of JSON as deep as no chunk is
+    CallFailed,
+)
+"""What a call can end with; see `failure_of`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +74,16 @@ class Chat:
         self._url = base.joinpath("chat", "completions").with_query(base.query)
         self.host, self.port = base.host or "", base.port or 0
         self._settings = settings
+        self._key = key
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         # OpenAI's newer models know only the new name, other servers often only the old one.
         is_openai = self.host.endswith((".openai.com", ".openai.azure.com"))
         self._limit = "max_completion_tokens" if is_openai else "max_tokens"
         self._session: aiohttp.ClientSession | None = None
+
+    def without_key(self, page: bytes) -> bytes:
+        """What the provider says, but for the key, should it repeat that."""
+        return page.replace(self._key.encode(), b"[api key]") if self._key else page
 
     async def close(self) -> None:
         """Close the connections."""
@@ -109,19 +125,13 @@ class Chat:
         Raises:
             CallFailed: an answer is not complete. Whatever happens after all are is no failure.
         """
-        patience = _Patience(self._settings, completion)
+        patience = Patience(self._settings, completion)
         try:
             async with patience.limit:
                 await self._draw(request, headers, completion, emit, patience)
-        except (
-            aiohttp.ClientError,
-            OSError,  # TimeoutError is one
-            ValueError,  # of JSON and of UTF-8
-            RecursionError,  # of JSON as deep as no chunk is
-            CallFailed,
-        ) as error:
+        except FAILURES as error:
             if not completion.finished:
-                raise _failure(error, patience) from error
+                raise failure_of(error, patience) from error
 
     async def _draw(
         self,
@@ -129,19 +139,13 @@ class Chat:
         headers: Mapping[str, str],
         completion: Completion,
         emit: Callable[[Event], None],
-        patience: "_Patience",
+        patience: "Patience",
     ) -> None:
         patience.renew()
-        async with self._open().post(
-            self._url,
-            json=request,
-            headers={**self._headers, **headers},
-            # Followed, a key would go wherever the provider says.
-            allow_redirects=False,
-        ) as response:
+        async with self.post(headers, json=request) as response:
             content = response.content
             if response.status != 200:
-                raise await _refusal(response)
+                raise refusal_of(response, await error_page(response))
             completion.accepted = True
             piece = await patience.read(content)
             # What it is shows in the first byte; servers give it all kinds of types.
@@ -157,7 +161,7 @@ class Chat:
                 while piece:
                     for data in stream.feed(piece):
                         if data.startswith(b"[DONE]"):
-                            await _linger(content)
+                            await linger(content)
                             piece = b""
                             break
                         if data.strip():
@@ -166,7 +170,19 @@ class Chat:
                     else:
                         piece = await patience.read(content)
         if not completion.finished:
-            raise _incomplete(completion)
+            raise incomplete(completion)
+
+    def post(
+        self, headers: Mapping[str, str], **body: Any
+    ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        """Make a call, with the key: `json` or `data` is its body."""
+        return self._open().post(
+            self._url,
+            headers={**self._headers, **headers},
+            # Followed, a key would go wherever the provider says.
+            allow_redirects=False,
+            **body,
+        )
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
@@ -175,12 +191,18 @@ class Chat:
                 connector=aiohttp.TCPConnector(limit=0),
                 timeout=aiohttp.ClientTimeout(connect=self._settings.connect_timeout),
                 cookie_jar=aiohttp.DummyCookieJar(),
-                trust_env=True,
+                # Else it would look for a proxy before every call, on a thread.
+                trust_env=_has_proxy(self._url),
             )
         return self._session
 
 
-class _Patience:
+def _has_proxy(url: URL) -> bool:
+    """Whether the environment names a proxy for a host."""
+    return url.scheme in getproxies() and not proxy_bypass(url.host or "")
+
+
+class Patience:
     """How long is waited for what comes next.
 
     Attributes:
@@ -220,7 +242,7 @@ class _Patience:
         return await content.readany()
 
 
-async def _whole(piece: bytes, content: aiohttp.StreamReader, patience: _Patience) -> bytes:
+async def _whole(piece: bytes, content: aiohttp.StreamReader, patience: Patience) -> bytes:
     """A body that is no stream."""
     body = bytearray(piece)
     while piece:
@@ -231,7 +253,7 @@ async def _whole(piece: bytes, content: aiohttp.StreamReader, patience: _Patienc
     return bytes(body)
 
 
-async def _linger(content: aiohttp.StreamReader) -> None:
+async def linger(content: aiohttp.StreamReader) -> None:
     """Wait a moment for the end of a stream that has said all."""
     with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError):
         async with asyncio.timeout(_LINGERING):
@@ -239,15 +261,20 @@ async def _linger(content: aiohttp.StreamReader) -> None:
                 pass
 
 
-async def _refusal(response: aiohttp.ClientResponse) -> CallFailed:
-    """What a status other than 200 says."""
+async def error_page(response: aiohttp.ClientResponse) -> bytes:
+    """The body under a status other than 200, as far as it comes soon."""
     body = bytearray()
     with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError):
         async with asyncio.timeout(_ERROR_WAIT):
             while len(body) < _ERROR_PAGE and (piece := await response.content.readany()):
                 body += piece
+    return bytes(body[:_ERROR_PAGE])
+
+
+def refusal_of(response: aiohttp.ClientResponse, body: bytes) -> CallFailed:
+    """What a status other than 200 says, with its body."""
     words = response.reason or ""
-    text = body[:_ERROR_PAGE].decode(errors="replace").strip()
+    text = body.decode(errors="replace").strip()
     try:
         words = error_words(json.loads(text)) or words
     except (ValueError, RecursionError):
@@ -258,7 +285,8 @@ async def _refusal(response: aiohttp.ClientResponse) -> CallFailed:
     return refusal(response.status, words, asked_wait(response.headers, time.time()))
 
 
-def _incomplete(completion: Completion) -> CallFailed:
+def incomplete(completion: Completion) -> CallFailed:
+    """The failure of a stream that has ended before its answers have."""
     hint = "; if it has no n, set samples = many_calls" if completion.choices > 1 else ""
     return CallFailed(
         Reason.INCOMPLETE,
@@ -268,7 +296,7 @@ def _incomplete(completion: Completion) -> CallFailed:
     )
 
 
-def _failure(error: Exception, patience: _Patience) -> CallFailed:
+def failure_of(error: Exception, patience: Patience) -> CallFailed:
     """What went wrong, in the words of whoever knows."""
     match error:
         case CallFailed():

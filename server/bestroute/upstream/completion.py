@@ -107,12 +107,16 @@ class Completion:
 
     Attributes:
         accepted: whether the provider took the call; if it didn't, nothing was used.
+        spent: what attempts before this one have used.
+        needs_text: whether an answer without a text has failed.
     """
+
+    needs_text = True
 
     def __init__(
         self, candidates: Sequence[int], prompt_characters: int, max_characters: int
     ) -> None:
-        self.accepted = False
+        self.accepted, self.spent = False, Usage()
         self._answers = [_Answer(candidate) for candidate in candidates]
         self._prompt_characters, self._max_characters = prompt_characters, max_characters
         self._totals: list[object] = []
@@ -136,7 +140,9 @@ class Completion:
     @property
     def has_empty(self) -> bool:
         """Whether an answer ended without a text."""
-        return any(answer.finish_reason and answer.empty for answer in self._answers)
+        return self.needs_text and any(
+            answer.finish_reason and answer.empty for answer in self._answers
+        )
 
     @property
     def finish_reasons(self) -> list[str]:
@@ -228,7 +234,7 @@ class Completion:
             reason, error = answer.finish_reason or CANCELLED, None
             if not answer.finish_reason:
                 error = interruption
-            elif answer.empty:
+            elif answer.empty and self.needs_text:
                 error = ProviderFailed(f"{empty} (finish_reason {reason})")
             if error is not None:
                 reason = _ERROR
@@ -244,12 +250,13 @@ class Completion:
         said = self._totals or [self._running_total]
         reported = reported_usage(said, len(self._answers)) if self.finished else None
         if reported is None or not plausible(reported, self._prompt_characters, characters):
-            prompt, outputs, guessed = estimated_tokens(self._prompt_characters), weights, True
+            prompt, cached = estimated_tokens(self._prompt_characters), 0
+            outputs, guessed = weights, True
         else:
-            prompt, guessed = reported.input_tokens, False
+            prompt, cached, guessed = reported.input_tokens, reported.cached_tokens, False
             outputs = shares(reported.output_tokens, weights)
         return [
-            Usage(prompt if position == 0 else 0, tokens, guessed)
+            Usage(0, tokens, guessed) if position else Usage(prompt, tokens, guessed, cached)
             for position, tokens in enumerate(outputs)
         ]
 

@@ -2,6 +2,8 @@
 
 from enum import StrEnum
 
+from bestroute.errors import Page
+
 
 class Reason(StrEnum):
     """Why a call failed, in few words for counting."""
@@ -34,6 +36,9 @@ class CallFailed(Exception):
         transient: whether another attempt may do better.
         retry_after: seconds that the provider asks to wait before it; None: it doesn't.
         faulty: whether the provider is at fault, so that the next call is likely to fail as well.
+
+    Attributes:
+        page: what the provider has answered with, if that is for the caller to read.
     """
 
     def __init__(
@@ -48,6 +53,7 @@ class CallFailed(Exception):
         super().__init__(words)
         self.reason, self.transient = reason, transient
         self.retry_after, self.faulty = retry_after, faulty
+        self.page: Page | None = None
 
 
 def refusal(status: int, words: str, retry_after: float | None = None) -> CallFailed:

@@ -4,12 +4,12 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from math import inf
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 from bestroute.call import ANYBODY, Attributes, Call
 from bestroute.config import ConfigInvalid, Provider, ServedModel, Settings
@@ -20,12 +20,15 @@ from bestroute.upstream.chat import Chat, Sampling
 from bestroute.upstream.completion import Completion, Event, Retried
 from bestroute.upstream.counts import UpstreamCounts
 from bestroute.upstream.failures import CallFailed, Reason, clean
+from bestroute.upstream.relay import Heard, Opened, Piece, Relayed, relay
 from bestroute.upstream.retries import Budget, backoff
 from bestroute.upstream.usage import Usage
 
 __all__ = ["Providers", "Sampling"]
 
 _log = logging.getLogger(__name__)
+
+CompletionT = TypeVar("CompletionT", bound=Completion)
 
 _LONGEST_WORDS = 500
 """Characters of a provider's error that are passed on; some answer with a whole page."""
@@ -75,6 +78,10 @@ class Providers:
         breakers = self._upstreams[served.provider].breakers
         return breakers[served.upstream or model].admits
 
+    def served(self, model: str) -> ServedModel | None:
+        """Where a model is served; None: that isn't known."""
+        return self._served.get(model)
+
     def counts(self) -> Mapping[str, UpstreamCounts]:
         """What has happened at each provider so far, by its name."""
         return {name: upstream.counted() for name, upstream in self._upstreams.items()}
@@ -119,6 +126,45 @@ class Providers:
                 calls.create_task(
                     upstream.call(model, request | own, prompt, [candidate], emit, call)
                 )
+
+    async def relay(
+        self,
+        model: str,
+        request: Relayed,
+        first: int,
+        emit: Callable[[Event | Opened | Piece], None],
+        call: Call = ANYBODY,
+    ) -> None:
+        """Pass a caller's own request on, and what is answered; return when that has ended.
+
+        Cancel it to stop, as `sample`. The call is made again only as long as nothing has passed.
+
+        Args:
+            model: one of `models`.
+            request: to pass on.
+            first: the index that its first choice goes by; others follow.
+            emit: is called with what happens as it happens, `Ended` of each choice included.
+            call: whose it is.
+        """
+        served = self._served[model]
+        upstream = self._upstreams[served.provider]
+        await upstream.relay(model, served.upstream or model, request, first, emit, call)
+
+
+class _Asked(NamedTuple):
+    """What a call asks for.
+
+    Attributes:
+        model: by the pool's name.
+        name: that the provider has for it.
+        candidates: the indices that its choices go by.
+        choices: that it asks for at once.
+    """
+
+    model: str
+    name: str
+    candidates: Sequence[int]
+    choices: int
 
 
 class _Upstream:
@@ -172,45 +218,92 @@ class _Upstream:
         emit: Callable[[Event], None],
         call: Call,
     ) -> None:
-        """Make one call, whose choices are the candidates, and make it again where that helps."""
-        spent, attempt = Usage(), 1
+        """Make one call, whose choices are the candidates."""
+
+        def completion() -> Completion:
+            return Completion(candidates, len(prompt.text), self._settings.max_answer_characters)
+
+        async def draw(headers: Mapping[str, str], completion: Completion) -> None:
+            await self.chat.draw(request, headers, completion, emit)
+
+        asked = _Asked(model, request["model"], candidates, request.get("n", 1))
+        await self._ask(asked, completion, draw, emit, call)
+
+    async def relay(
+        self,
+        model: str,
+        name: str,
+        request: Relayed,
+        first: int,
+        emit: Callable[[Event | Opened | Piece], None],
+        call: Call,
+    ) -> None:
+        """Make one call that is the caller's own."""
+        candidates, body = range(first, first + request.choices), request.body(name)
+
+        def heard() -> Heard:
+            return Heard(candidates, request, self._settings.max_answer_characters)
+
+        async def pass_on(headers: Mapping[str, str], heard: Heard) -> None:
+            await relay(self.chat, self._settings, model, body, headers, heard, emit)
+
+        asked = _Asked(model, name, candidates, request.choices)
+        await self._ask(asked, heard, pass_on, emit, call)
+
+    async def _ask(
+        self,
+        asked: _Asked,
+        new: Callable[[], CompletionT],
+        make: Callable[[Mapping[str, str], CompletionT], Awaitable[None]],
+        emit: Callable[[Event], None],
+        call: Call,
+    ) -> None:
+        """Make one call, and make it again where that helps.
+
+        Args:
+            asked: what for.
+            new: begins an attempt.
+            make: makes it, with headers to send along.
+            emit: is called with each retry, and with the last word on every candidate.
+            call: whose it is.
+        """
+        attempt = 1
         cause: CallFailed | None = None
         interruption: ProviderFailed | None = None  # left at None: cancelled, or a bug
-        completion = self._completion(prompt, candidates)
+        completion = new()
         self._budget.called()
         try:
             while True:
                 try:
-                    await self._attempt(request, completion, emit, call)
+                    await self._attempt(asked, completion, make, call)
                     break
                 except CallFailed as failure:
                     # Of a retry that wasn't made, what led to it is the news.
                     cause = cause if cause and failure.reason is Reason.BREAKER_OPEN else failure
-                    interruption = self._failure(str(cause))
-                    delay = self._delay(failure, completion, attempt, request["model"], call)
+                    interruption = self._failure(cause)
+                    delay = self._delay(failure, completion, attempt, asked.name, call)
                 if delay is None:
                     break
                 self._counts.retries += 1
-                emit(Retried(tuple(candidates), model, attempt, delay, interruption))
-                spent = sum(completion.usages(), spent)
-                completion, interruption = self._completion(prompt, candidates), None
+                emit(Retried(tuple(asked.candidates), asked.model, attempt, delay, interruption))
+                spent = sum(completion.usages(), completion.spent)
+                completion, interruption = new(), None
+                completion.spent = spent
                 attempt += 1
                 await asyncio.sleep(delay)
         finally:
-            for ended in completion.end(interruption, spent, f"{self._name}: empty answer"):
+            empty = f"{self._name}: empty answer"
+            for ended in completion.end(interruption, completion.spent, empty):
                 emit(ended)
-
-    def _completion(self, prompt: Prompt, candidates: Sequence[int]) -> Completion:
-        return Completion(candidates, len(prompt.text), self._settings.max_answer_characters)
 
     async def _attempt(
         self,
-        request: Mapping[str, Any],
-        completion: Completion,
-        emit: Callable[[Event], None],
+        asked: _Asked,
+        completion: CompletionT,
+        make: Callable[[Mapping[str, str], CompletionT], Awaitable[None]],
         call: Call,
     ) -> None:
-        model = request["model"]
+        model = asked.name
         breaker = self.breakers[model]
         if not breaker.admits:  # before there is a place: it has to be known at once
             raise self._refused(breaker)
@@ -220,8 +313,8 @@ class _Upstream:
                 raise self._refused(breaker)
             failed, wait = None, 0.0
             try:
-                async with self._told(request, completion, call) as headers:
-                    await self.chat.draw(request, headers, completion, emit)
+                async with self._told(asked, completion, call) as headers:
+                    await make(headers, completion)
                 failed = False
             except CallFailed as failure:
                 failed = True if failure.faulty else None
@@ -235,18 +328,18 @@ class _Upstream:
 
     @asynccontextmanager
     async def _told(
-        self, request: Mapping[str, Any], completion: Completion, call: Call
+        self, asked: _Asked, completion: Completion, call: Call
     ) -> AsyncIterator[Mapping[str, str]]:
         """Count a call and trace it; gives the headers that carry the trace on."""
         counts, error = self._counts, None
         counts.calls += 1
         counts.in_flight += 1
-        span = call.trace and call.trace.start(f"chat {request['model']}", self._asked(request))
+        span = call.trace and call.trace.start(f"chat {asked.name}", self._attributes(asked))
         try:
             yield span.headers() if span else {}
         except CallFailed as failure:
             counts.failures[failure.reason] += 1
-            error = str(self._failure(str(failure)))
+            error = str(self._failure(failure))
             raise
         finally:
             counts.in_flight -= 1
@@ -257,13 +350,13 @@ class _Upstream:
             if span:
                 span.end(_answered(completion, usage), error)
 
-    def _asked(self, request: Mapping[str, Any]) -> Attributes:
+    def _attributes(self, asked: _Asked) -> Attributes:
         """A call's attributes, by OpenTelemetry's conventions for generative AI."""
         return {
             "gen_ai.operation.name": "chat",
             "gen_ai.provider.name": self._name,
-            "gen_ai.request.model": request["model"],
-            "gen_ai.request.choice.count": request.get("n", 1),
+            "gen_ai.request.model": asked.name,
+            "gen_ai.request.choice.count": asked.choices,
             "server.address": self.chat.host,
             "server.port": self.chat.port,
         }
@@ -296,10 +389,11 @@ class _Upstream:
             Reason.BREAKER_OPEN, f"not asked {until}, because it keeps failing", faulty=False
         )
 
-    def _failure(self, words: str) -> ProviderFailed:
+    def _failure(self, cause: CallFailed) -> ProviderFailed:
+        words = str(cause)
         if self._key is not None:
             words = words.replace(self._key, "[api key]")
-        return ProviderFailed(f"{self._name}: {clean(words)[:_LONGEST_WORDS]}")
+        return ProviderFailed(f"{self._name}: {clean(words)[:_LONGEST_WORDS]}", cause.page)
 
 
 def _answered(completion: Completion, usage: Usage) -> Attributes:

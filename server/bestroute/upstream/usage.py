@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import ceil, sqrt
+from typing import Any
 
 CHARACTERS_PER_TOKEN = 4
 
@@ -19,17 +20,26 @@ MOST_OUTPUT_TOKENS = 262_144
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens used; `estimated` if they were guessed from the texts."""
+    """Tokens used.
+
+    Attributes:
+        input_tokens: of the prompt.
+        output_tokens: of the answer.
+        estimated: whether they were guessed from the texts.
+        cached_tokens: of the prompt's, those that the provider says it had in its prompt cache.
+    """
 
     input_tokens: int = 0
     output_tokens: int = 0
     estimated: bool = False
+    cached_tokens: int = 0
 
     def __add__(self, other: "Usage") -> "Usage":
         return Usage(
             self.input_tokens + other.input_tokens,
             self.output_tokens + other.output_tokens,
             self.estimated or other.estimated,
+            self.cached_tokens + other.cached_tokens,
         )
 
 
@@ -54,7 +64,9 @@ def reported_usage(statements: Sequence[object], answers: int) -> Usage | None:
     stated = [usage for usage in said if usage is not None]
     if not stated or len(stated) < len(said):
         return None
-    return Usage(max(u.input_tokens for u in stated), sum(u.output_tokens for u in stated))
+    prompt = max(stated, key=lambda usage: usage.input_tokens)
+    output = sum(usage.output_tokens for usage in stated)
+    return Usage(prompt.input_tokens, output, cached_tokens=prompt.cached_tokens)
 
 
 def _stated(statement: object) -> Usage | None:
@@ -65,7 +77,14 @@ def _stated(statement: object) -> Usage | None:
     # Exactly: a bool is an int too.
     if type(prompt) is not int or type(answer) is not int or prompt <= 0 or answer < 0:
         return None
-    return Usage(prompt, answer)
+    return Usage(prompt, answer, cached_tokens=_stated_cached(statement, prompt))
+
+
+def _stated_cached(statement: dict[str, Any], prompt: int) -> int:
+    """Of a prompt's tokens those that were cached; 0 where that isn't said, or can't be."""
+    details = statement.get("prompt_tokens_details")
+    cached = details.get("cached_tokens") if isinstance(details, dict) else None
+    return cached if type(cached) is int and 0 <= cached <= prompt else 0
 
 
 def plausible(reported: Usage, prompt_characters: int, answers: Sequence[int]) -> bool:

@@ -96,6 +96,10 @@ class _SessionReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._
     """Changed: another arm is worth more, although the prompt cache is lost."""
     SESSION_REASON_NOT_ALLOWED: _SessionReason.ValueType  # 6
     """Changed: the former model may not be chosen any more: by the policy, or since it is out of order."""
+    SESSION_REASON_REQUESTED: _SessionReason.ValueType  # 7
+    """The request named the arm itself."""
+    SESSION_REASON_FALLBACK: _SessionReason.ValueType  # 8
+    """The router model failed, so that the reference answers."""
 
 class SessionReason(_SessionReason, metaclass=_SessionReasonEnumTypeWrapper):
     """Why the model of a session's turn is the former's, or another."""
@@ -114,6 +118,10 @@ SESSION_REASON_WORTH_CHANGING: SessionReason.ValueType  # 5
 """Changed: another arm is worth more, although the prompt cache is lost."""
 SESSION_REASON_NOT_ALLOWED: SessionReason.ValueType  # 6
 """Changed: the former model may not be chosen any more: by the policy, or since it is out of order."""
+SESSION_REASON_REQUESTED: SessionReason.ValueType  # 7
+"""The request named the arm itself."""
+SESSION_REASON_FALLBACK: SessionReason.ValueType  # 8
+"""The router model failed, so that the reference answers."""
 Global___SessionReason: typing_extensions.TypeAlias = SessionReason
 
 @typing.final
@@ -141,7 +149,11 @@ Global___Message: typing_extensions.TypeAlias = Message
 
 @typing.final
 class Messages(google.protobuf.message.Message):
-    """A conversation, oldest turn first."""
+    """A conversation, oldest turn first. The decision depends on the user's last turn, on the instructions
+    and, as far as there is room, on the latest turns before it. What the model and its tools said
+    since is not read, so that an agent's turns of tools are decided as the user's turn was; it counts
+    for the cost alone.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -313,6 +325,7 @@ class Arm(google.protobuf.message.Message):
     ESTIMATED_COST_USD_FIELD_NUMBER: builtins.int
     EXPECTED_GAIN_FIELD_NUMBER: builtins.int
     EXPECTED_OUTPUT_TOKENS_FIELD_NUMBER: builtins.int
+    DISABLED_FIELD_NUMBER: builtins.int
     model: builtins.str
     """The model's name in the bundle."""
     samples: builtins.int
@@ -330,6 +343,10 @@ class Arm(google.protobuf.message.Message):
     """
     expected_output_tokens: builtins.float
     """Tokens that one answer is expected to have, as the cost is estimated from them."""
+    disabled: builtins.bool
+    """In ListArms: whether the server's operators have switched it off for now, so that it is never
+    chosen, and Generate refuses it with FAILED_PRECONDITION.
+    """
     def __init__(
         self,
         *,
@@ -339,10 +356,11 @@ class Arm(google.protobuf.message.Message):
         estimated_cost_usd: builtins.float = ...,
         expected_gain: builtins.float | None = ...,
         expected_output_tokens: builtins.float = ...,
+        disabled: builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_expected_gain", b"_expected_gain", "expected_gain", b"expected_gain"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_expected_gain", b"_expected_gain", "estimated_cost_usd", b"estimated_cost_usd", "expected_gain", b"expected_gain", "expected_output_tokens", b"expected_output_tokens", "match_probability", b"match_probability", "model", b"model", "samples", b"samples"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_expected_gain", b"_expected_gain", "disabled", b"disabled", "estimated_cost_usd", b"estimated_cost_usd", "expected_gain", b"expected_gain", "expected_output_tokens", b"expected_output_tokens", "match_probability", b"match_probability", "model", b"model", "samples", b"samples"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expected_gain: typing_extensions.TypeAlias = typing.Literal["expected_gain"]
     _WhichOneofArgType__expected_gain: typing_extensions.TypeAlias = typing.Literal["_expected_gain", b"_expected_gain"]
@@ -352,7 +370,7 @@ Global___Arm: typing_extensions.TypeAlias = Arm
 
 @typing.final
 class SessionTurn(google.protobuf.message.Message):
-    """What a session did to a decision."""
+    """What a session did to a decision. In shadow mode it is the session that there would have been."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -362,7 +380,7 @@ class SessionTurn(google.protobuf.message.Message):
     REASON_FIELD_NUMBER: builtins.int
     CACHED_TOKENS_FIELD_NUMBER: builtins.int
     turn: builtins.int
-    """Which turn of the session this is, from 1."""
+    """Which turn of the session this is, from 1; turns that are asked at the same time may have the same."""
     previous_model: builtins.str
     """The model of the turn before; empty where there was none."""
     changed: builtins.bool
@@ -370,7 +388,9 @@ class SessionTurn(google.protobuf.message.Message):
     reason: Global___SessionReason.ValueType
     """Why it is, or why not."""
     cached_tokens: builtins.int
-    """Tokens of the prompt that the former model's provider is expected to have in its prompt cache."""
+    """Tokens of the prompt that the former model's provider is expected to have in its prompt cache;
+    estimated costs of that model's arms count them at their lower price.
+    """
     def __init__(
         self,
         *,
@@ -453,9 +473,13 @@ class RouteResponse(google.protobuf.message.Message):
     fallback_reason: Global___FallbackReason.ValueType
     """Set where the arm is not one that qualified."""
     prompt_tokens: builtins.int
-    """Length of the prompt by the router's tokenizer, before any cut."""
+    """Length of the prompt by the router's tokenizer, before any cut; of a whole conversation, whatever
+    part of it the decision depends on.
+    """
     truncated: builtins.bool
-    """Whether the prompt was longer than the router reads; it then read its head and tail."""
+    """Whether the prompt was longer than the router reads; it then read its head and tail, or of a
+    conversation the user's last turn, the instructions and the latest turns.
+    """
     bundle_version: builtins.str
     """The bundle that decided."""
     quality_per_usd: builtins.float
@@ -824,20 +848,24 @@ class Usage(google.protobuf.message.Message):
     INPUT_TOKENS_FIELD_NUMBER: builtins.int
     OUTPUT_TOKENS_FIELD_NUMBER: builtins.int
     ESTIMATED_FIELD_NUMBER: builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: builtins.int
     input_tokens: builtins.int
     """Tokens of the prompt; where one call drew several samples, its first candidate carries them."""
     output_tokens: builtins.int
     """Tokens of the answer."""
     estimated: builtins.bool
     """Whether these were estimated from the texts, because the provider gave none or the call was cut."""
+    cached_tokens: builtins.int
+    """Of input_tokens, those that the provider says it had in its prompt cache."""
     def __init__(
         self,
         *,
         input_tokens: builtins.int = ...,
         output_tokens: builtins.int = ...,
         estimated: builtins.bool = ...,
+        cached_tokens: builtins.int = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["estimated", b"estimated", "input_tokens", b"input_tokens", "output_tokens", b"output_tokens"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["cached_tokens", b"cached_tokens", "estimated", b"estimated", "input_tokens", b"input_tokens", "output_tokens", b"output_tokens"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Usage: typing_extensions.TypeAlias = Usage
@@ -1177,6 +1205,7 @@ class Model(google.protobuf.message.Message):
     INPUT_USD_PER_MTOK_FIELD_NUMBER: builtins.int
     OUTPUT_USD_PER_MTOK_FIELD_NUMBER: builtins.int
     MEAN_OUTPUT_TOKENS_FIELD_NUMBER: builtins.int
+    CACHED_INPUT_USD_PER_MTOK_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Its name in the bundle."""
     input_usd_per_mtok: builtins.float
@@ -1185,6 +1214,10 @@ class Model(google.protobuf.message.Message):
     """USD per million answer tokens, as decisions use it."""
     mean_output_tokens: builtins.float
     """Mean length of its answers in the training data, in tokens."""
+    cached_input_usd_per_mtok: builtins.float
+    """USD per million prompt tokens that its provider has in its prompt cache; the same as any other
+    where no lower price is known.
+    """
     def __init__(
         self,
         *,
@@ -1192,8 +1225,9 @@ class Model(google.protobuf.message.Message):
         input_usd_per_mtok: builtins.float = ...,
         output_usd_per_mtok: builtins.float = ...,
         mean_output_tokens: builtins.float = ...,
+        cached_input_usd_per_mtok: builtins.float = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["input_usd_per_mtok", b"input_usd_per_mtok", "mean_output_tokens", b"mean_output_tokens", "name", b"name", "output_usd_per_mtok", b"output_usd_per_mtok"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["cached_input_usd_per_mtok", b"cached_input_usd_per_mtok", "input_usd_per_mtok", b"input_usd_per_mtok", "mean_output_tokens", b"mean_output_tokens", "name", b"name", "output_usd_per_mtok", b"output_usd_per_mtok"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Model: typing_extensions.TypeAlias = Model

@@ -1,0 +1,1 @@
+"""Messages that are exchanged with the proxies of a mesh."""

@@ -1,1 +1,0 @@
-"""Envoy's external processing (ext_proc): plain OpenAI requests routed by our decision."""
