@@ -29,8 +29,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 FROM python:${PYTHON} AS requirements
 # "gpu,tensorrt" adds TensorRT, which comes from NVIDIA's own package index.
 ARG GPU_EXTRAS=gpu
-# In both images: JSON Web Tokens and traces. "jwt,otel,log" adds the decision log, 0.1 GB;
-# "jwt,otel,kserve" what engine.provider = "kserve" needs to run networks on a Triton.
+# In both images: JSON Web Tokens and traces. "jwt,otel,log" adds the decision log, 0.1 GB.
 ARG EXTRAS=jwt,otel
 WORKDIR /requirements
 COPY pyproject.toml .

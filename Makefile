@@ -62,6 +62,7 @@ bench-peers: $(VENV)/ready ## measure all: beside Triton, MLServer, Ray Serve, M
 	  --max-streams 64 --server-cores 0 --load-cores 1
 	$(VENV)/bin/python -m benchmarks.telemetry
 	$(VENV)/bin/python -m benchmarks.fuzz
+	$(VENV)/bin/python -m benchmarks.reloads
 	$(VENV)/bin/python -m benchmarks.soak
 	$(VENV)/bin/python -m benchmarks.rolling
 	$(VENV)/bin/python -m benchmarks.broken --keep
@@ -69,6 +70,7 @@ bench-peers: $(VENV)/ready ## measure all: beside Triton, MLServer, Ray Serve, M
 	$(VENV)/bin/python -m benchmarks.gateway
 	$(VENV)/bin/python -m benchmarks.growth
 	$(VENV)/bin/python -m benchmarks.page
+	$(VENV)/bin/python -m benchmarks.processing
 
 proto: $(VENV)/ready ## generate server/bestroute/v1 from proto/
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python proto/generate.py

@@ -9,7 +9,9 @@ keep their connections, and no prompt is sent twice, so that each goes through t
 
 - alone: one caller, and an upstream that answers at once. The callers' requests go through both
   listeners in turn, so that what else happens on the machine happens to both.
-- together: 16 callers, and an upstream that takes 100 ms, in which few LLMs would begin.
+- together: 16 callers, and an upstream that takes 50 to 150 ms, in which few LLMs would begin. That
+  time is taken off what they measure; being drawn anew each time, it keeps callers from marching
+  in step.
 - flood: 16 callers, and an upstream that answers at once: what it can do at most.
 
 The latter two are measured in turns of a few seconds. The figure that counts is the difference of
@@ -19,6 +21,7 @@ the medians, `added_ms`, which is to be at most 2 ms alone and together.
 import argparse
 import asyncio
 import json
+import random
 import subprocess
 import sys
 import tempfile
@@ -47,8 +50,8 @@ EXAMPLE = Path(__file__).parents[1] / "deploy" / "envoy" / "ext_proc.yaml"
 MOST_MS = 2.0
 """Milliseconds that may be added at the median."""
 CALLERS = 16
-LLM = 0.1
-"""Seconds that the upstream takes where it isn't to answer at once."""
+LLM_MS = (50, 150)
+"""Milliseconds that the upstream takes where it isn't to answer at once: at least, and at most."""
 MODES = ("plain", "asking")
 
 
@@ -77,7 +80,7 @@ def main() -> int:
         "seconds": options.seconds,
         "rounds": options.rounds,
         "callers": CALLERS,
-        "upstream_seconds": LLM,
+        "upstream_ms": LLM_MS,
         "most_ms": MOST_MS,
     }
     kept = record.write("processing", settings, found)
@@ -194,10 +197,11 @@ async def measured(
         medians.
     """
     found: dict[str, Any] = {}
+    at_once = (0, 0)
     for load, callers, wait in (
-        ("alone", 1, 0.0),
-        ("together", CALLERS, LLM),
-        ("flood", CALLERS, 0),
+        ("alone", 1, at_once),
+        ("together", CALLERS, LLM_MS),
+        ("flood", CALLERS, at_once),
     ):
         took: dict[str, list[float]] = {mode: [] for mode in MODES}
         spent = dict.fromkeys(MODES, 0.0)
@@ -219,7 +223,7 @@ async def _turn(
     ports: dict[str, int],
     modes: tuple[str, ...],
     callers: int,
-    wait: float,
+    wait: tuple[int, int],
     seconds: float,
     prompts: Iterator[str],
 ) -> dict[str, list[float]]:
@@ -231,11 +235,12 @@ async def _turn(
         open_ = {mode: await asyncio.open_connection("127.0.0.1", ports[mode]) for mode in modes}
         while time.perf_counter() < until:
             for mode, (reader, writer) in open_.items():
-                request = _request(next(prompts), wait)
+                waited = random.randint(*wait)
+                request = _request(next(prompts), waited)
                 began = time.perf_counter()
                 writer.write(request)
                 await _answered(reader)
-                times[mode].append(time.perf_counter() - began)
+                times[mode].append(time.perf_counter() - began - waited / 1000)
         for _, writer in open_.values():
             writer.close()
             await writer.wait_closed()
@@ -246,11 +251,11 @@ async def _turn(
     return times
 
 
-def _request(prompt: str, wait: float) -> bytes:
+def _request(prompt: str, wait: int) -> bytes:
     body = json.dumps(
         {"model": "bestroute/auto", "messages": [{"role": "user", "content": prompt}]}
     ).encode()
-    delay = f"x-envoy-fault-delay-request: {wait * 1000:.0f}\r\n" if wait else ""
+    delay = f"x-envoy-fault-delay-request: {wait}\r\n" if wait else ""
     head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: llm\r\n{delay}content-length: {len(body)}"
     return f"{head}\r\n\r\n".encode() + body
 

@@ -252,9 +252,9 @@ async def _measured(options: argparse.Namespace, directory: Path) -> dict[str, A
 
 
 def _show(found: dict[str, Any]) -> None:
-    table = Table(title="p50 / p99 ms from when a call was due")
+    table = Table(title="p50 / p99 ms from when a call was due", padding=(0, 0))
     for column in ("", *SHARES, "calls", "failed"):
-        table.add_column(column, justify="right" if column else "left")
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for name, run in found["runs"].items():
         calls = sum(each["calls"] for each in run["methods"].values())
         latencies = [milliseconds(run["methods"][method]) for method in SHARES]

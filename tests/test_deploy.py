@@ -11,6 +11,7 @@ from typing import cast
 import kubernetes_validate  # type: ignore[import-untyped]
 import yaml  # type: ignore[import-untyped]
 
+from bestroute.processing import processor
 from bestroute.v1 import routing_pb2 as pb
 from deploy import generate
 from tests.charts import (
@@ -118,9 +119,12 @@ def test_the_mesh_lets_callers_call_and_prometheus_scrape() -> None:
         assert spec["selector"]["matchLabels"].items() <= labels.items()
     assert peers["mtls"] == {"mode": "STRICT"}
     assert peers["portLevelMtls"].keys() == {ports["metrics"]}
-    calls, scrapes = policy["rules"]
+    calls, asking, scrapes = policy["rules"]
     assert calls["from"]
-    assert [rule["to"][0]["operation"]["ports"] for rule in (calls, scrapes)] == [
+    assert asking["from"]
+    assert asking["to"][0]["operation"]["paths"] == [f"/{processor.NAME}/*"]
+    assert [rule["to"][0]["operation"]["ports"] for rule in (calls, asking, scrapes)] == [
+        [ports["grpc"]],
         [ports["grpc"]],
         [ports["metrics"]],
     ]

@@ -168,8 +168,8 @@ class Callers:
             await self._again("stream", lambda: each.route("easy"))
 
 
-def slowly() -> Any:
-    return says("a ", "slow ", "answer", delay=0.1)
+def slowly(seconds: float) -> Any:
+    return says("a ", "slow ", "answer", delay=seconds / 3)
 
 
 @pytest.mark.parametrize("variant", ["as it is", "reports on a stream", "sessions"])
@@ -240,7 +240,8 @@ async def test_reflection_health_and_load_reports_come_through(both: Envoy) -> N
 async def test_a_rolling_restart_of_both_fails_no_call(
     both: Envoy, pair: list[Replica], llm: Upstream
 ) -> None:
-    llm.scripts = [slowly()]
+    # The first answers take longer than the replicas take calls, and so does their drain.
+    llm.scripts = [*[slowly(3 * mesh.NOTICED)] * 3, slowly(0.3)]
     callers = Callers(both)
     async with callers.asking("route", "score", "stream", "generate"):
         for replica in pair:

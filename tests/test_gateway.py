@@ -619,3 +619,14 @@ async def test_limits_of_callers_hold(
     money = "usd_per_day" in make()
     assert found.error["code"] == ("insufficient_quota" if money else "rate_limit_exceeded")
     assert (found.headers.get("x-should-retry") == "false") == money
+
+
+async def test_what_was_really_paid_is_charged(tiny_bundle: Path, wire: Wire) -> None:
+    """An answer is estimated at 50.1 millionths of a dollar, and costs 3.5."""
+    wire.replies = [whole(said("yes"))]
+    limits = {"default": {"usd_per_day": 60e-6}}
+    async with asking(pool(tiny_bundle, wire.url), callers=limits) as gateway:
+        body = {"model": "bestroute/auto", "messages": EASY}
+        statuses = [(await gateway.post(body)).status for _ in range(4)]
+
+    assert statuses == [200, 200, 200, 429]

@@ -551,7 +551,9 @@ async def test_a_lost_server_is_not_asked_until_it_is_back(tiny_bundle: Path) ->
         for _ in range(5):
             with pytest.raises(EngineStalled):
                 await engine([[1]])
+        await asyncio.sleep(0.5)  # several looks
         assert len(server.runs) == before
+        assert engine.fault is not None
 
         server.ready = True
         await found(engine)

@@ -198,7 +198,7 @@ async def test_headers_set_limits_and_name_sessions(
         ("bestroute/match-2", {}),
         ("bestroute/save-99%", {}),
         ("bestroute/auto", {"x-bestroute-target": "cheapest"}),
-        ("bestroute/auto", {"x-bestroute-models": "smal"}),
+        ("bestroute/auto", {"x-bestroute-models": "small,larg"}),
         ("bestroute/auto", {"x-bestroute-max-cost-usd": "cheap"}),
         ("bestroute/auto", {"x-bestroute-session": "s" * 300}),
     ],

@@ -240,6 +240,7 @@ class Live:
                 _canary_failed(error)
                 canary = None
         stable.router.operate(operations)
+        before = self._stable, self._canary, self.operations, self.share
         former = {place for place in (self._stable, self._canary) if place} - {stable, canary}
         self._stable, self._canary, self._canary_wanted = stable, canary, wanted
         stable.expendable = False
@@ -253,7 +254,9 @@ class Live:
         if not first:
             self.replaced += 1
         told = self.described()
-        if not first or told != _named(stable):
+        if before == (stable, canary, operations, self.share):
+            _log.info("reloaded: what serves is the same as before")
+        elif not first or told != _named(stable):
             _log.info("%s: serves bundle %s", "started" if first else "reloaded", told)
         return [*former]
 

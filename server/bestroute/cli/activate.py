@@ -20,8 +20,8 @@ def add(verbs: "Commands") -> None:
         help="verify one, and have a running server serve it",
         **described(
             "Verify a bundle as `bestroute bundle verify` does, then point a symbolic link at it, "
-            "in one step, and remember where it led before, in LINK.previous. A server whose bundle "
-            "that link is loads it under load, by itself where watch_bundle = true, else at "
+            "in one step, and remember where it led before, in LINK.previous. A server whose "
+            "bundle that link is loads it under load: by itself where watch_bundle = true, else at "
             "SIGHUP. It verifies the bundle again, and what it can't serve leaves the former "
             "serving. Exit code 0 if the link leads there, else 1.",
             "bestroute bundle activate ./bundles/2026-11-22 --link /var/lib/bestroute/bundle",

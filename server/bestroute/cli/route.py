@@ -40,6 +40,7 @@ _REASONS = {
     pb.FALLBACK_REASON_OVER_BUDGET: "the reference is over the highest cost; "
     "this is the most promising arm within it",
     pb.FALLBACK_REASON_ROUTER_FAILED: "the router model failed; the server's log has the reason",
+    pb.FALLBACK_REASON_SHADOW: "the server is in shadow mode: the reference always answers",
 }
 
 

@@ -140,6 +140,7 @@ def series(history: History, hours: int) -> Json:
             total.add(minute)
     return {
         "now": time.time(),
+        "hours": hours,
         "since": history.started,
         "step": step,
         "periods": [_period(each) for each in periods.values()],
