@@ -38,7 +38,9 @@ SECONDS_BETWEEN = 2.0
 
 def settings(llm: str) -> Settings:
     """The embedded bundle, every model of which the stand-in answers for."""
-    models = {model.name: {"provider": "stand-in"} for model in read_manifest(DEFAULT_BUNDLE).models}
+    models = {
+        model.name: {"provider": "stand-in"} for model in read_manifest(DEFAULT_BUNDLE).models
+    }
     return Settings.model_validate(
         {
             "server": {"listen": "127.0.0.1:0"},

@@ -621,6 +621,21 @@ async def test_limits_of_callers_hold(
     assert (found.headers.get("x-should-retry") == "false") == money
 
 
+async def test_cached_prompts_cost_what_they_cost(tiny_bundle: Path, wire: Wire) -> None:
+    used: dict[str, Any] = {"prompt_tokens": 1000, "completion_tokens": 5}
+    used["prompt_tokens_details"] = {"cached_tokens": 600}
+    wire.replies = [whole(said("yes", usage=used))]
+    settings = pool(tiny_bundle, wire.url)
+    price = {"input_usd_per_mtok": 2, "output_usd_per_mtok": 8, "cached_input_usd_per_mtok": 0.5}
+    models = {"small": {"provider": "test", "price": price}}
+    async with asking(settings, models=models) as gateway:
+        found = await gateway.post({"model": "small", "messages": EASY})
+
+    paid = (400 * 2 + 600 * 0.5 + 5 * 8) / 1e6
+    assert found.json["usage"]["bestroute"]["cost_usd"] == pytest.approx(paid)
+    assert float(found.headers["x-bestroute-cost-usd"]) == pytest.approx(paid)
+
+
 async def test_what_was_really_paid_is_charged(tiny_bundle: Path, wire: Wire) -> None:
     """An answer is estimated at 50.1 millionths of a dollar, and costs 3.5."""
     wire.replies = [whole(said("yes"))]

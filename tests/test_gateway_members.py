@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bestroute.gateway.members import members, with_member
-from bestroute.upstream.relay import Events, data_of
+from bestroute.upstream.whole_events import Events, data_of
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),

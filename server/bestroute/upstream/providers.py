@@ -20,7 +20,8 @@ from bestroute.upstream.chat import Chat, Sampling
 from bestroute.upstream.completion import Completion, Event, Retried
 from bestroute.upstream.counts import UpstreamCounts
 from bestroute.upstream.failures import CallFailed, Reason, clean
-from bestroute.upstream.relay import Heard, Opened, Piece, Relayed, relay
+from bestroute.upstream.heard import Heard
+from bestroute.upstream.relay import Opened, Piece, Relayed, relay
 from bestroute.upstream.retries import Budget, backoff
 from bestroute.upstream.usage import Usage
 
@@ -242,7 +243,8 @@ class _Upstream:
         candidates, body = range(first, first + request.choices), request.body(name)
 
         def heard() -> Heard:
-            return Heard(candidates, request, self._settings.max_answer_characters)
+            most = self._settings.max_answer_characters
+            return Heard(candidates, request.prompt_characters, most)
 
         async def pass_on(headers: Mapping[str, str], heard: Heard) -> None:
             await relay(self.chat, self._settings, model, body, headers, heard, emit)

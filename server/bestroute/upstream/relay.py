@@ -4,11 +4,9 @@ What passes is read along the way, for what it says of tokens and ends, and neve
 """
 
 import json
-import re
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
 
 import aiohttp
 
@@ -24,16 +22,11 @@ from bestroute.upstream.chat import (
     linger,
     refusal_of,
 )
-from bestroute.upstream.completion import Completion, Ended, Event, Finished
-from bestroute.upstream.failures import CallFailed, Reason, clean
-from bestroute.upstream.usage import Usage, estimated_tokens, reported_usage, shares
+from bestroute.upstream.completion import Ended, Event
+from bestroute.upstream.failures import CallFailed, Reason
+from bestroute.upstream.heard import Heard
+from bestroute.upstream.whole_events import MAX_BODY, Events, data_of
 
-MAX_BODY = 1 << 25
-"""Bytes of an answer in one piece, or of one event: room for a picture in it."""
-
-_END_OF_EVENT = re.compile(rb"\r?\n(?:\r?\n|\r(?!\n))|\r\r\n?")
-"""Two ends of lines, of either kind each: twice as fast as saying just that."""
-_LONGEST_END = 4
 _DONE = b"[DONE]"
 
 
@@ -86,120 +79,6 @@ class Piece:
     raw: bytes
     ended: Sequence[Ended] = ()
     alone: bool = False
-
-
-class Heard(Completion):
-    """What a relayed answer says of itself; unlike other completions it need not have a text.
-
-    Args:
-        candidates: the index that each of its choices goes by.
-        request: that it answers.
-        max_characters: most that an answer may have.
-    """
-
-    needs_text = False
-
-    def __init__(self, candidates: range, request: Relayed, max_characters: int) -> None:
-        super().__init__(candidates, request.prompt_characters, max_characters)
-        self._touched = False
-
-    @property
-    def untouched(self) -> bool:
-        """Whether nothing has come yet of any answer: text, reasoning, the use of a tool."""
-        return not self._touched
-
-    def hear(self, chunk: Any) -> tuple[bool, bool]:
-        """Take in what passes; tells whether it has the final usage, and nothing else.
-
-        Raises:
-            CallFailed: it is an error, or too long an answer.
-        """
-        if not isinstance(chunk, dict):
-            return False, False
-        self._raise_error(chunk)
-        found = chunk.get("choices")
-        choices = (
-            [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
-        )
-        for choice in choices:
-            for _ in self._add(choice, choice.get("delta") or choice.get("message")):
-                pass
-        usage = chunk.get("usage")
-        if not isinstance(usage, dict):
-            return False, False
-        self._running_total = usage
-        return not choices or self.finished, not choices
-
-    def ends(self) -> Sequence[Ended]:
-        """The last word on every choice, if nothing else comes."""
-        return list(self.end(None, self.spent, ""))
-
-    def _add(self, choice: dict[str, Any], delta: object) -> Iterator[Finished]:
-        index = choice.get("index") or 0
-        known = type(index) is int and 0 <= index < len(self._answers)
-        answer = self._answers[index if known else 0]
-        if isinstance(delta, dict):
-            self._touched = self._touched or any(v for k, v in delta.items() if k != "role")
-            if isinstance(text := delta.get("content"), str) and text:
-                answer.pieces.append(clean(text))
-            answer.characters += _characters(delta)
-            if answer.characters > self._max_characters:
-                raise CallFailed(
-                    Reason.TOO_LONG,
-                    f"an answer of more than {self._max_characters} characters",
-                    faulty=False,
-                )
-        if isinstance(reason := choice.get("finish_reason"), str) and reason:
-            self._touched = True
-            answer.finish_reason = answer.finish_reason or clean(reason[:50])
-        return iter(())
-
-    def usages(self) -> list[Usage]:
-        """Per answer what it used: what the provider has said last, else estimated."""
-        if not self.accepted:
-            return [Usage() for _ in self._answers]
-        weights = [estimated_tokens(answer.characters) for answer in self._answers]
-        # It isn't held against the texts: tools, pictures and sounds have tokens as well.
-        said = reported_usage([self._running_total], 1)
-        if said is None:
-            prompt, outputs, guessed = estimated_tokens(self._prompt_characters), weights, True
-        else:
-            outputs, guessed = shares(said.output_tokens, weights), False
-            prompt = said.input_tokens
-        return [
-            Usage(0 if position else prompt, tokens, guessed)
-            for position, tokens in enumerate(outputs)
-        ]
-
-    def complete(self) -> None:
-        """The provider says that this is all, whether or not each answer has said so itself."""
-        for answer in self._answers:
-            answer.finish_reason = answer.finish_reason or "stop"
-
-
-def _characters(delta: Mapping[str, Any]) -> int:
-    """Of all that an answer's tokens are spent on."""
-    total = 0
-    for key, value in delta.items():
-        if key == "role":
-            continue
-        if isinstance(value, str):
-            total += len(value)
-        elif value and isinstance(value, list | dict):
-            total += sum(map(len, _strings(value)))
-    return total
-
-
-def _strings(value: object) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        for each in value:
-            yield from _strings(each)
-    elif isinstance(value, dict):
-        for key, each in value.items():
-            if key not in ("id", "type"):
-                yield from _strings(each)
 
 
 async def relay(
@@ -371,37 +250,3 @@ async def _refused(response: aiohttp.ClientResponse, chat: Chat) -> CallFailed:
             final=asked,
         )
     return failure
-
-
-class Events:
-    """Server-sent events out of bytes, each with all its bytes; see `sse` for reading them alone.
-
-    Attributes:
-        rest: what has come of an event that is not complete.
-    """
-
-    def __init__(self) -> None:
-        self.rest = bytearray()
-
-    def feed(self, raw: bytes) -> list[bytes]:
-        """Take in the next bytes; gives the events that they complete, their ends included.
-
-        Raises:
-            CallFailed: an event is longer than `MAX_BODY`.
-        """
-        searched = max(0, len(self.rest) - _LONGEST_END)
-        self.rest += raw
-        begin, found = 0, []
-        while end := _END_OF_EVENT.search(self.rest, max(begin, searched)):
-            found.append(bytes(self.rest[begin : end.end()]))
-            begin = end.end()
-        del self.rest[:begin]
-        if len(self.rest) > MAX_BODY:
-            raise CallFailed(Reason.MALFORMED, f"an event of more than {MAX_BODY} bytes")
-        return found
-
-
-def data_of(event: bytes) -> bytes:
-    """The data of an event, by its bytes; none of a comment."""
-    lines = (line.removeprefix(b"data:") for line in event.splitlines() if line[:5] == b"data:")
-    return b"\n".join(lines).strip()

@@ -46,7 +46,7 @@ export async function startTrying() {
     event.preventDefault();
     generate();
   });
-  $("stop").addEventListener("click", () => generating?.abort());
+  $("stop").addEventListener("click", () => 0);
   let width = 0;
   new ResizeObserver(() => {
     if (decision && $("chart").clientWidth !== width) draw();
