@@ -38,10 +38,10 @@ from benchmarks.process import READY
 from bestroute import convert
 from bestroute.bundle import DEFAULT_BUNDLE, read_manifest
 from bestroute.config import Settings
-from bestroute.decision import Policy
 from bestroute.process import new_event_loop
 from bestroute.prompt import Prompt
 from bestroute.router import open_router
+from bestroute.target import Policy
 
 _UNARY = 0.02
 """Share of the messages that don't go by RouteStream."""

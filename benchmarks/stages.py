@@ -49,8 +49,10 @@ from benchmarks.load import closed_loop
 from benchmarks.peers.running import Running
 from bestroute import app, service
 from bestroute.config import Routing, Server, Settings
-from bestroute.decision import Decision, Rules
-from bestroute.router import Routed, Router
+from bestroute.decision import Rules
+from bestroute.option import Decision
+from bestroute.order import Routed
+from bestroute.router import Router
 from bestroute.service import RoutingService
 from bestroute.tokenizer import Tokenizer
 from bestroute.v1 import routing_pb2 as pb

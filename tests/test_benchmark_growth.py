@@ -22,10 +22,10 @@ from benchmarks.growth import (
 )
 from bestroute.bundle import DEFAULT_BUNDLE, Bundle
 from bestroute.config import Settings
-from bestroute.decision import Policy
 from bestroute.manifest import Model
 from bestroute.prompt import Prompt
 from bestroute.router import open_router
+from bestroute.target import Policy
 from bestroute.tokenizer import Tokenizer
 
 SIZES = [1, 2, 4, 8, 16, 32]

@@ -22,7 +22,7 @@ from benchmarks.peers.model import TYPICAL, Cost
 from benchmarks.peers.registry import PEERS, Peer
 from benchmarks.peers.running import Setup, processes, started
 from benchmarks.turns import Load, Plan, compare, largest_difference
-from bestroute import router
+from bestroute import networks, router
 from bestroute.app import serving
 from bestroute.bundle import Bundle
 from bestroute.config import Settings
@@ -244,8 +244,8 @@ async def test_without_an_engine_a_run_takes_what_was_said(
 ) -> None:
     cost = Cost.parse("200,100")
     assert cost == Cost(a_ms=200, b_us=100)
-    for replaced in ("load_text_model", "check_golden"):
-        monkeypatch.setattr(router, replaced, None)  # to be put back
+    for module, replaced in ((networks, "load_text_model"), (router, "check_golden")):
+        monkeypatch.setattr(module, replaced, None)  # to be put back
     synthetic.install(cost)
     async with serving(settings) as server, clients.route(server.address) as client:
         await _check_that_it_waits(client)

@@ -21,7 +21,8 @@ from bestroute.cli import main
 from bestroute.config import Engine, Settings
 from bestroute.errors import BundleInvalid
 from bestroute.manifest import MANIFEST
-from bestroute.router import open_router, verify
+from bestroute.networks import verify
+from bestroute.router import open_router
 from tests import tiny
 
 

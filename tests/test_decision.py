@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from bestroute.bundle import Bundle
-from bestroute.decision import Fallback, Policy, Rate, Rules, Threshold, rate_of
+from bestroute.decision import Rules
 from bestroute.errors import InvalidRequest
+from bestroute.option import Fallback
 from bestroute.policy import InputBilling
 from bestroute.pricing import ModelPrice
+from bestroute.target import Policy, Rate, Threshold, criterion_of, rate_of
 from tests import tiny
 
 PROBABILITIES = np.array([0.3, 0.6, 0.8, 0.9], dtype=np.float32)
@@ -93,28 +95,30 @@ def test_nothing_allowed_is_not_everything_allowed(rules: Rules) -> None:
 def test_a_drop_that_no_threshold_promises_leaves_the_reference(tmp_path: Path) -> None:
     manifest = Bundle.load(tiny.write(tmp_path)).manifest
     worse = [p.model_copy(update={"quality_drop_upper": 0.2}) for p in manifest.curve]
-    rules = Rules(manifest.model_copy(update={"curve": worse}), prices())
+    manifest = manifest.model_copy(update={"curve": worse})
 
-    assert rules.criterion(Policy(max_quality_drop=0.1)) == Threshold(1.0)
+    assert criterion_of(manifest, Policy(max_quality_drop=0.1)) == Threshold(1.0)
 
 
 def test_a_threshold_beyond_a_broken_bound_is_not_chosen(tmp_path: Path) -> None:
     manifest = Bundle.load(tiny.write(tmp_path)).manifest
     loose, middle, strict = manifest.curve
     broken = [loose.model_copy(update={"quality_drop_upper": 0.0}), middle, strict]
-    rules = Rules(manifest.model_copy(update={"curve": broken}), prices())
+    manifest = manifest.model_copy(update={"curve": broken})
 
-    assert rules.criterion(Policy(max_quality_drop=0.01)) == Threshold(strict.match_threshold)
-    assert rules.criterion(Policy(max_quality_drop=0.02)) == Threshold(loose.match_threshold)
+    assert criterion_of(manifest, Policy(max_quality_drop=0.01)) == Threshold(
+        strict.match_threshold
+    )
+    assert criterion_of(manifest, Policy(max_quality_drop=0.02)) == Threshold(loose.match_threshold)
 
 
 def test_a_saving_is_reached_with_the_smallest_bound(tmp_path: Path) -> None:
     manifest = Bundle.load(tiny.write(tmp_path)).manifest
     loose, middle, strict = manifest.curve
     uncertain = [loose, middle, strict.model_copy(update={"quality_drop_upper": 0.05})]
-    rules = Rules(manifest.model_copy(update={"curve": uncertain}), prices())
+    manifest = manifest.model_copy(update={"curve": uncertain})
 
-    assert rules.criterion(Policy(min_cost_saving=0.1)) == Threshold(middle.match_threshold)
+    assert criterion_of(manifest, Policy(min_cost_saving=0.1)) == Threshold(middle.match_threshold)
 
 
 def test_a_saving_out_of_reach_names_the_most_and_its_price(rules: Rules) -> None:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from bestroute.config import Routing, Settings
-from bestroute.decision import Policy
 from bestroute.prompt import Prompt
 from bestroute.router import Router, open_router
+from bestroute.target import Policy
 
 WORDS = [
     "the",

@@ -8,10 +8,11 @@ import pytest
 
 from bestroute.bundle import DEFAULT_BUNDLE, read_manifest
 from bestroute.config import Settings
-from bestroute.decision import Policy, Rules
+from bestroute.decision import Rules
 from bestroute.manifest import Histogram, Manifest, MeanByBin, Training
+from bestroute.order import Routed
 from bestroute.pricing import prices
-from bestroute.router import Routed
+from bestroute.target import Policy
 from bestroute.traffic.comparison import Comparison
 from bestroute.traffic.decision_id import REFERENCE_ARM, bundle_tag, new_id, told
 from bestroute.traffic.drift import (

@@ -18,11 +18,12 @@ from bestroute.bundle import read_manifest
 from bestroute.call import ANYBODY
 from bestroute.client import Client, SyncClient
 from bestroute.config import DecisionLog, Metrics, Settings
-from bestroute.decision import Policy
 from bestroute.errors import InvalidRequest, Overloaded
 from bestroute.manifest import Histogram, MeanByBin, Training
+from bestroute.order import Execution, Order
 from bestroute.prompt import Prompt
-from bestroute.router import Execution, Order, Router, open_router
+from bestroute.router import Router, open_router
+from bestroute.target import Policy
 from bestroute.traffic import journal
 from bestroute.traffic.traffic import Traffic, open_traffic
 from bestroute.upstream.providers import Sampling

@@ -8,12 +8,13 @@ import pytest
 
 from bestroute.best_of_n import FellBack, Result
 from bestroute.candidate import Candidate
-from bestroute.decision import Decision, Fallback, Option, Threshold
 from bestroute.errors import ProviderFailed
 from bestroute.observe.history import BOUNDS, DAY_MINUTES, LAST_DECISIONS, History, quantile
+from bestroute.option import Decision, Fallback, Option
+from bestroute.order import Routed
 from bestroute.policy import InputBilling
 from bestroute.pricing import ModelPrice
-from bestroute.router import Routed
+from bestroute.target import Threshold
 from bestroute.text_model import Timing
 from bestroute.upstream.usage import Usage
 

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
-from bestroute.decision import Policy
 from bestroute.errors import InvalidRequest
 from bestroute.openai_request import conversation, policy_from, session_from, target_of
 from bestroute.prompt import Message
 from bestroute.session import Session
+from bestroute.target import Policy
 
 PLENTY = 10_000
 

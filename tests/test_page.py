@@ -440,7 +440,7 @@ async def test_what_is_wrong_is_named(
     assert wire.bodies == []
 
 
-async def test_numbers_that_json_lacks_and_halves_of_characters_do_no_harm(
+async def test_networks_that_fail_and_halves_of_characters_do_no_harm(
     trading_bundle: Path, wire: Wire
 ) -> None:
     wire.replies = [answers("broken")]

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bestroute.config import Routing, Settings
-from bestroute.decision import Policy
 from bestroute.prompt import Prompt
 from bestroute.recent import Recent
 from bestroute.router import open_router
+from bestroute.target import Policy
 from bestroute.v1 import routing_pb2 as pb
 
 if TYPE_CHECKING:  # exists in the stub file only

@@ -12,10 +12,10 @@ from bestroute import engine
 from bestroute.app import serving
 from bestroute.call import Call
 from bestroute.config import Settings
-from bestroute.decision import Policy
 from bestroute.errors import DeadlineExceeded
 from bestroute.prompt import Prompt
 from bestroute.router import open_router
+from bestroute.target import Policy
 from bestroute.v1 import routing_pb2 as pb
 from bestroute.v1 import routing_pb2_grpc
 from tests import tiny

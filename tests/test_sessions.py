@@ -12,16 +12,18 @@ from hypothesis import strategies as st
 from bestroute.bundle import Bundle
 from bestroute.config import ConfigInvalid, Settings
 from bestroute.config import Sessions as SessionSettings
-from bestroute.decision import Decision, Fallback, Policy, Rules
+from bestroute.decision import Rules
 from bestroute.errors import InvalidRequest
 from bestroute.following import Following
 from bestroute.manifest import Model
+from bestroute.option import Decision, Fallback
 from bestroute.policy import InputBilling
 from bestroute.pricing import ModelPrice, cost, prices
 from bestroute.prompt import Message, Prompt
 from bestroute.recent import Recent
 from bestroute.session import Former, Hold, Past, Session, Standing, eased
 from bestroute.sessions import Sessions
+from bestroute.target import Policy
 from bestroute.tokenizer import Tokenizer
 from bestroute.upstream.completion import Completion
 from bestroute.upstream.usage import Usage, reported_usage

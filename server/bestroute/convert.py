@@ -10,14 +10,15 @@ from bestroute.best_of_n import Event, FellBack, Result
 from bestroute.call import Call
 from bestroute.candidate import Candidate
 from bestroute.config import Server
-from bestroute.decision import Fallback, Option, Policy, Rate, Threshold
 from bestroute.disabled import NOTHING, Disabled
 from bestroute.errors import InvalidRequest
 from bestroute.manifest import Gate, TradeOffs
+from bestroute.option import Fallback, Option
+from bestroute.order import Execution, Order, Routed
 from bestroute.prompt import ROLES, Message, Prompt
-from bestroute.router import Execution, Order, Routed
 from bestroute.session import Reason, Session, Turn
 from bestroute.status import status_of
+from bestroute.target import Policy, Rate, Threshold
 from bestroute.text_model import Timing
 from bestroute.upstream.completion import Delta, Retried
 from bestroute.upstream.providers import Sampling

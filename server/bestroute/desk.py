@@ -12,17 +12,18 @@ from bestroute.best_of_n import Result
 from bestroute.call import Call
 from bestroute.candidate import Candidate
 from bestroute.config import Sessions as Settings
-from bestroute.decision import Policy
 from bestroute.guard.callers import Callers
 from bestroute.live import Live
 from bestroute.observe.telemetry import Telemetry
+from bestroute.order import Order, Routed
 from bestroute.pass_through import Event
 from bestroute.pricing import cost
 from bestroute.prompt import Prompt
-from bestroute.router import Order, Routed, Router
+from bestroute.router import Router
 from bestroute.scoring import Scored
 from bestroute.session import Session
 from bestroute.sessions import Sessions
+from bestroute.target import Policy
 from bestroute.traffic.traffic import Traffic
 from bestroute.upstream.relay import Opened, Piece
 

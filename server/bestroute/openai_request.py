@@ -17,10 +17,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from bestroute.decision import Policy
 from bestroute.errors import InvalidRequest
 from bestroute.prompt import ROLES, Message, Prompt
 from bestroute.session import Session
+from bestroute.target import Policy
 
 PREFIX = "bestroute/"
 """Of the names of models that ask for a decision."""

@@ -8,104 +8,38 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, replace
-from typing import NamedTuple
-
-import numpy as np
+from dataclasses import replace
 
 from bestroute.best_of_n import BestOfN, Task
 from bestroute.bundle import DEFAULT_BUNDLE, Bundle
 from bestroute.call import ANYBODY, Call
 from bestroute.config import ConfigInvalid, Operations, Routing, Settings, instead
-from bestroute.config import Engine as EngineSettings
-from bestroute.decision import Decision, Fallback, Option, Policy, Rules, rate_of
+from bestroute.decision import Rules
 from bestroute.disabled import check, disabled
-from bestroute.engine import return_freed_memory
 from bestroute.errors import (
     ArmDisabled,
     BestrouteError,
-    BundleInvalid,
     EngineStalled,
     ProviderFailed,
 )
 from bestroute.escalation import ByGate, ByReward, Escalation
 from bestroute.following import Following
 from bestroute.manifest import Arm, Manifest
+from bestroute.networks import check_golden, text_models
+from bestroute.option import Fallback
+from bestroute.order import Order, Routed
 from bestroute.pass_through import Event, PassThrough
 from bestroute.pricing import ModelPrice, prices
-from bestroute.prompt import Prompt, Turns
-from bestroute.recent import Recent
+from bestroute.prompt import Prompt
+from bestroute.reading import Reader
 from bestroute.scoring import Scored, score
-from bestroute.session import Past, Session, Standing, Turn
-from bestroute.text_model import Reading, TextModel, Timing, load_text_model
-from bestroute.upstream.providers import Providers, Sampling
-from bestroute.upstream.relay import Relayed
+from bestroute.session import Standing
+from bestroute.target import Policy, rate_of
+from bestroute.text_model import TextModel
+from bestroute.upstream.providers import Providers
 
 _log = logging.getLogger(__name__)
 _CHARACTERS_PER_TOKEN = 4
-_REMEMBERED = Timing(0.0, 0.0, 0.0, 0)
-
-
-class Routed(NamedTuple):
-    """A decision with how it came about.
-
-    Attributes:
-        prompt_tokens: length of the prompt by the router's tokenizer, before any cut.
-        truncated: whether the router read only the prompt's head and tail.
-        timing: None where the router model failed.
-        turn: what the request's session did to it; None: it has none.
-        shadow: in shadow mode, what would have been run.
-        past: as what the session is to be remembered once this has run; None: there is none.
-    """
-
-    decision: Decision
-    prompt_tokens: int
-    truncated: bool
-    timing: Timing | None
-    turn: Turn | None = None
-    shadow: Option | None = None
-    past: Past | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Execution:
-    """How the samples are run.
-
-    Attributes:
-        early_stop: cancel the rest once a reward reaches the bundle's `accept_reward`.
-        escalate: ask the reference as well where the answers don't convince: by the arm's gate, or
-            where it has none by the bundle's `escalate_reward`.
-    """
-
-    early_stop: bool = False
-    escalate: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """A prompt to answer.
-
-    Attributes:
-        policy: target and limits of the decision.
-        sampling: how the LLM samples.
-        execution: how the samples are run.
-        arm: model and number of samples, to skip the routing; None decides.
-        started: when the request arrived, as `time.monotonic()`.
-        call: who asks, and until when.
-        session: that this is a turn of; None: it stands alone.
-        own: the caller's own request, which is passed through where one answer is drawn and that
-            is all; None: answers are always drawn by `prompt` and `sampling`.
-    """
-
-    prompt: Prompt
-    policy: Policy
-    sampling: Sampling
-    execution: Execution
-    arm: tuple[str, int] | None
-    started: float
-    call: Call = ANYBODY
-    session: Session | None = None
-    own: Relayed | None = None
 
 
 class Router:
@@ -135,7 +69,7 @@ class Router:
         self._fail_open = routing.fail_open
         self._fallbacks = _fallbacks(manifest, routing, self._served)
         self._shadow = False
-        self._recent = Recent[Reading](routing.cache_entries)
+        self._reader = Reader(router_model, routing.cache_entries)
         of = manifest.reward
         self._best_of_n = BestOfN(
             providers, self._rewards, prices, of.accept_reward, of.agreement_bonus
@@ -170,7 +104,7 @@ class Router:
     @property
     def remembered(self) -> tuple[int, int]:
         """How many prompts the router was asked before and still knew, and how many it didn't."""
-        return self._recent.hits, self._recent.misses
+        return self._reader.recent.hits, self._reader.recent.misses
 
     async def decide(
         self,
@@ -197,9 +131,9 @@ class Router:
         follow = None if standing is None else Following(prompt, standing, self.manifest)
         try:
             reading, timing = (
-                await self._read(prompt, call)
+                await self._reader.read(prompt, call)
                 if follow is None
-                else await self._read_on(prompt, call, follow)
+                else await self._reader.read_on(prompt, call, follow)
             )
         except Exception as error:
             stalled = isinstance(error, EngineStalled)
@@ -228,42 +162,6 @@ class Router:
         fallback = decision.fallback if failed else Fallback.SHADOW
         overruled = decision._replace(arm=decision.reference, fallback=fallback)
         return routed._replace(decision=overruled, shadow=decision.arm)
-
-    async def _read(self, prompt: Prompt, call: Call) -> tuple[Reading, Timing]:
-        """The router model's output for a prompt, which may be remembered.
-
-        Raises:
-            Exception: as `TextModel.prompt`.
-        """
-        asked = prompt.asked
-        key = self._recent.key(asked) if isinstance(asked, str) else self._recent.key(*asked.read)
-        reading, timing = self._recent.get(key), _REMEMBERED
-        if reading is None:
-            reading, timing = await self._router_model.prompt(asked, call)
-            self._recent.put(key, reading)
-        if not isinstance(asked, str):
-            more = await self._tokens_after(asked)
-            reading = reading._replace(prompt_tokens=reading.prompt_tokens + more)
-        return reading, timing
-
-    async def _read_on(
-        self, prompt: Prompt, call: Call, follow: Following
-    ) -> tuple[Reading, Timing]:
-        """As `_read`, in the light of what the session's turns before were like."""
-        if follow.row is not None:
-            asked = prompt.turns
-            known = self._recent.get(self._recent.key(*asked.read))
-            read = known or await self._router_model.encode(asked)
-            tokens = read.prompt_tokens + await self._tokens_after(asked)
-            return Reading(follow.row, tokens, read.truncated), _REMEMBERED
-        reading, timing = await self._read(prompt, call)
-        return reading._replace(row=follow.ease(reading.row)), timing
-
-    async def _tokens_after(self, turns: Turns) -> int:
-        """Tokens that are not read but paid for: what was said after the question."""
-        if not turns.after:
-            return 0
-        return (await self._router_model.encode("\n\n".join(turns.after))).prompt_tokens
 
     def _followed(
         self, routed: Routed, follow: Following, policy: Policy, *, requested: bool = False
@@ -446,76 +344,9 @@ async def open_router(settings: Settings) -> AsyncIterator[Router]:
     bundle = await asyncio.to_thread(Bundle.load, directory, settings.bundle_sha256)
     manifest = bundle.manifest
     model_prices = prices(manifest.models, settings)
-    async with Providers(settings) as providers, _text_models(bundle, settings) as models:
+    async with Providers(settings) as providers, text_models(bundle, settings) as models:
         await asyncio.to_thread(check_golden, manifest, *models)
         router = Router(manifest, *models, providers, model_prices, routing=settings.routing)
         check(settings.operations.disabled_arms, [manifest])
         router.operate(settings.operations)
         yield router
-
-
-@asynccontextmanager
-async def _text_models(
-    bundle: Bundle, settings: Settings
-) -> AsyncIterator[tuple[TextModel, TextModel]]:
-    """The bundle's router and reward model, loaded side by side, serving while the block lasts."""
-    manifest = bundle.manifest
-    router_model, reward_model = await asyncio.gather(
-        load_text_model(bundle, manifest.router, settings, wide=True),
-        # Beside the seconds that an LLM takes to answer, a few milliseconds more are no loss.
-        load_text_model(bundle, manifest.reward, settings, wide=False),
-    )
-    return_freed_memory()
-    async with router_model.running(), reward_model.running():
-        yield router_model, reward_model
-
-
-def check_golden(manifest: Manifest, router_model: TextModel, reward_model: TextModel) -> float:
-    """Compare the networks with the manifest's golden outputs.
-
-    Returns:
-        The largest deviation; of expected tokens relative to them, else absolute.
-
-    Raises:
-        BundleInvalid: it is over the manifest's tolerance, or the router has other columns than the
-            manifest.
-    """
-    golden = manifest.golden
-    deviations = [0.0]
-    for route in golden.router:
-        row = router_model.read_now(router_model.tokenizer.prompt(route.prompt))
-        if row.shape != (manifest.router_outputs,):
-            raise BundleInvalid(
-                f"bundle {manifest.name} {manifest.version}: the router gives {row.size} columns, "
-                f"but the manifest's arms, models and trade_offs call for "
-                f"{manifest.router_outputs}; export the bundle again"
-            )
-        expected = np.array(route.row)
-        # Probabilities and gains are at most 1, so that only tokens are compared relatively.
-        deviations.append(float((np.abs(row - expected) / np.maximum(1, np.abs(expected))).max()))
-    for each in golden.reward:
-        encoded = reward_model.tokenizer.pair(each.prompt, each.response)
-        (reward,) = reward_model.read_now(encoded)
-        deviations.append(abs(float(reward) - each.reward))
-    worst = max(deviations)
-    if not worst <= golden.tolerance:  # NaN fails this too
-        raise BundleInvalid(
-            f"bundle {manifest.name} {manifest.version}: outputs differ from the golden ones by "
-            f"{worst:.2g}, more than {golden.tolerance:.2g}; this engine computes something else "
-            "than what was calibrated. Try another engine.precision, or export the bundle again"
-        )
-    return worst
-
-
-async def verify(bundle: Bundle, engine: EngineSettings) -> float:
-    """Load a bundle's networks on an engine and compare them with the golden outputs.
-
-    Returns:
-        The largest deviation; see `check_golden`.
-
-    Raises:
-        BundleInvalid: they can't be loaded, or disagree.
-        ConfigInvalid: the engine can't be used here.
-    """
-    async with _text_models(bundle, Settings(engine=engine)) as models:
-        return await asyncio.to_thread(check_golden, bundle.manifest, *models)

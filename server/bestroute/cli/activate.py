@@ -60,7 +60,7 @@ def _activate(args: argparse.Namespace) -> int:
     from bestroute.bundle import Bundle
     from bestroute.config import ConfigInvalid, Settings
     from bestroute.links import point, target_of
-    from bestroute.router import verify
+    from bestroute.networks import verify
 
     try:
         target_of(args.link)  # before the work of verifying

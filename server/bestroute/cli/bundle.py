@@ -104,7 +104,7 @@ def _verify(args: argparse.Namespace) -> int:
 
     from bestroute.bundle import DEFAULT_BUNDLE, Bundle, digest
     from bestroute.config import ConfigInvalid, Settings
-    from bestroute.router import verify
+    from bestroute.networks import verify
 
     try:
         engine = Settings.load().engine

@@ -8,4 +8,11 @@ answer      what we have to say of an answer: headers, usage, answers and chunks
 models      the models that can be asked
 errors      our errors in the shape that OpenAI gives its own
 members     where in a JSON object each of its members is; pure
+
+And a web page, which is in `static`:
+
+page           its routes, and what it asks of the server
+page_request   what it asks; pure
+page_json      what it is told; pure
+page_files     its files, and what browsers are told of them
 """

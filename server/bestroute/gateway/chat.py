@@ -15,8 +15,8 @@ from bestroute.gateway.answer import Account
 from bestroute.gateway.boundary import Reply
 from bestroute.gateway.models import known
 from bestroute.gateway.request import Wanted, wanted
+from bestroute.order import Execution, Order
 from bestroute.pass_through import Event
-from bestroute.router import Execution, Order
 from bestroute.tasks import task_group
 from bestroute.upstream.relay import Opened, Piece
 

@@ -9,13 +9,13 @@ from typing import Any
 from aiohttp import web
 
 from bestroute.call import Call
-from bestroute.decision import Policy
 from bestroute.desk import Desk
 from bestroute.errors import InvalidRequest
 from bestroute.gateway.boundary import Reply
 from bestroute.gateway.errors import UnknownModel
 from bestroute.openai_request import PREFIX, target_of
 from bestroute.router import Router
+from bestroute.target import Policy
 
 _TARGETS = {
     "auto": Policy(),

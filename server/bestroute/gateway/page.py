@@ -139,4 +139,4 @@ def _answer(reply: Reply, value: Any) -> web.StreamResponse:
 
 
 def _encoded(value: Any) -> bytes:
-    return json.dumps(page_json.finite(value), allow_nan=False).encode()
+    return json.dumps(value, allow_nan=False).encode()

@@ -2,35 +2,24 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from bestroute.best_of_n import FellBack, Result
 from bestroute.candidate import Candidate
-from bestroute.decision import Option
 from bestroute.desk import Decided
 from bestroute.observe.history import MINUTE, History, Period
+from bestroute.option import Option
+from bestroute.order import Routed
 from bestroute.pass_through import Event
 from bestroute.pricing import cost
-from bestroute.router import Routed, Router
+from bestroute.router import Router
 from bestroute.upstream.completion import Delta, Retried
 from bestroute.upstream.usage import Usage
 
 Json = dict[str, Any]
 
 _MOST_PERIODS = 72
-
-
-def finite(value: Any) -> Any:
-    """The same with null for numbers that JSON hasn't: a network may give NaN."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: finite(each) for key, each in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [finite(each) for each in value]
-    return value
 
 
 def pool(router: Router) -> Json:

@@ -7,10 +7,10 @@ from typing import Any
 
 from bestroute.call import Call
 from bestroute.config import Server
-from bestroute.decision import Policy
 from bestroute.errors import InvalidRequest
+from bestroute.order import Execution, Order
 from bestroute.prompt import Prompt
-from bestroute.router import Execution, Order
+from bestroute.target import Policy
 from bestroute.upstream.providers import Sampling
 
 _TARGETS = ("max_quality_drop", "min_cost_saving", "match_threshold")

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from bestroute.config import Server
-from bestroute.decision import Policy
 from bestroute.errors import InvalidRequest
 from bestroute.gateway.errors import UnknownModel
 from bestroute.gateway.members import Member, members, with_member
 from bestroute.openai_request import PREFIX, TARGET, conversation, target_of
 from bestroute.prompt import ROLES, Message, Prompt
 from bestroute.session import Session
+from bestroute.target import Policy
 from bestroute.upstream.providers import Sampling
 from bestroute.upstream.relay import Relayed
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from bestroute.best_of_n import Event, Result
 from bestroute.candidate import Candidate
 from bestroute.observe.histogram import Histogram, renard
-from bestroute.router import Routed
+from bestroute.order import Routed
 
 _KEPT = 8
 """Versions; whoever reloads for months should not have a series for each bundle there ever was."""

@@ -15,9 +15,9 @@ import grpc
 
 from bestroute.best_of_n import Event, FellBack, Result
 from bestroute.candidate import Candidate
-from bestroute.decision import Fallback, Option
+from bestroute.option import Fallback, Option
+from bestroute.order import Routed
 from bestroute.pricing import ModelPrice, cost
-from bestroute.router import Routed
 from bestroute.text_model import Timing
 from bestroute.upstream.completion import Delta
 

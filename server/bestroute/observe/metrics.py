@@ -12,12 +12,12 @@ import grpc
 from bestroute.best_of_n import Event, FellBack, Result
 from bestroute.call import Call
 from bestroute.candidate import Candidate
-from bestroute.decision import Option
 from bestroute.errors import BestrouteError
 from bestroute.observe.bundles import Bundles
 from bestroute.observe.histogram import Histogram, renard
+from bestroute.option import Option
+from bestroute.order import Routed
 from bestroute.pricing import ModelPrice, cost
-from bestroute.router import Routed
 from bestroute.scoring import Scored
 from bestroute.status import Draining
 from bestroute.text_model import Timing
@@ -43,6 +43,7 @@ _OTHER = "other"
 _METHODS = {
     *routing_pb2.DESCRIPTOR.services_by_name["RoutingService"].methods_by_name,
     *("Process", "ChatCompletions", "Models"),
+    *("PagePool", "PageHistory", "PageRoute", "PageGenerate"),
 }
 
 

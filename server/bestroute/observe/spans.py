@@ -28,7 +28,7 @@ from bestroute.call import Attributes, Call
 from bestroute.candidate import Candidate
 from bestroute.config import Tracing
 from bestroute.observe.trace_context import Parent
-from bestroute.router import Routed
+from bestroute.order import Routed
 from bestroute.scoring import Scored
 from bestroute.upstream.completion import Retried
 from bestroute.v1 import routing_pb2

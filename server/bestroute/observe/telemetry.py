@@ -17,8 +17,8 @@ from bestroute.observe.logs import log_access
 from bestroute.observe.metrics import Metrics, named
 from bestroute.observe.tracing import Tracer, tracing
 from bestroute.orca import Load, reporting
+from bestroute.order import Routed
 from bestroute.pricing import ModelPrice
-from bestroute.router import Routed
 from bestroute.scoring import Scored
 from bestroute.traffic.traffic import Traffic
 

@@ -16,7 +16,7 @@ from bestroute.call import Call
 from bestroute.config import ConfigInvalid, Settings
 from bestroute.observe.logs import belongs_to, of_trace
 from bestroute.observe.trace_context import Parent, parent
-from bestroute.router import Routed
+from bestroute.order import Routed
 from bestroute.scoring import Scored
 
 if TYPE_CHECKING:

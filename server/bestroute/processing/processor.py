@@ -13,7 +13,6 @@ from google.protobuf.message import DecodeError
 from bestroute.boundary import Boundary
 from bestroute.call import Call
 from bestroute.config import Settings
-from bestroute.decision import Policy
 from bestroute.desk import Decided, Desk
 from bestroute.errors import InvalidRequest, Overloaded
 from bestroute.mesh.v1 import external_processor_pb2 as pb
@@ -22,6 +21,7 @@ from bestroute.processing import answers
 from bestroute.processing.body import Body, read
 from bestroute.session import Session
 from bestroute.status import Context, status_of
+from bestroute.target import Policy
 from bestroute.upstream.providers import Providers
 from bestroute.wire import Malformed
 

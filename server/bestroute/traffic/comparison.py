@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bestroute.decision import Decision, Options
 from bestroute.manifest import Manifest, Training
-from bestroute.router import Routed
+from bestroute.option import Decision, Options
+from bestroute.order import Routed
 from bestroute.traffic.decision_id import NO_ARM, REFERENCE_ARM, bundle_tag
 from bestroute.traffic.drift import (
     Calibration,

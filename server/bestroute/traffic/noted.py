@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 from bestroute.best_of_n import Result
 from bestroute.candidate import Candidate
-from bestroute.decision import Policy
 from bestroute.manifest import Manifest
+from bestroute.order import Routed
 from bestroute.prompt import Prompt
-from bestroute.router import Routed
+from bestroute.target import Policy
 
 
 class Noted(NamedTuple):

@@ -7,7 +7,8 @@ from typing import Any
 import pyarrow
 
 from bestroute.candidate import Candidate
-from bestroute.decision import Option, Options, Rate, Threshold
+from bestroute.option import Option, Options
+from bestroute.target import Rate, Threshold
 from bestroute.traffic.noted import Noted, Told
 from bestroute.traffic.schema import DECISION, FEEDBACK_ROW
 

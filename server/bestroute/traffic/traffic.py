@@ -10,11 +10,11 @@ from bestroute.best_of_n import Result
 from bestroute.call import Call
 from bestroute.candidate import Candidate
 from bestroute.config import DecisionLog as LogSettings
-from bestroute.decision import Policy
 from bestroute.errors import InvalidRequest, NotEnabled, Overloaded
 from bestroute.manifest import Manifest
+from bestroute.order import Order, Routed
 from bestroute.prompt import Prompt
-from bestroute.router import Order, Routed
+from bestroute.target import Policy
 from bestroute.traffic.comparison import CalibrationDrift, Comparison, PromptDrift
 from bestroute.traffic.decision_id import new_id, told
 from bestroute.traffic.decision_log import DecisionLog, open_log

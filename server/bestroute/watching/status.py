@@ -10,10 +10,10 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from bestroute import __version__
 from bestroute.batching.counts import Counts
-from bestroute.decision import Fallback
 from bestroute.desk import Desk
 from bestroute.live import Live
 from bestroute.observe.history import MINUTE, History, Past, Period
+from bestroute.option import Fallback
 from bestroute.router import Router
 from bestroute.upstream.breaker import State
 from bestroute.upstream.counts import UpstreamCounts

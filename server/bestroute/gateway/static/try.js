@@ -46,7 +46,7 @@ export async function startTrying() {
     event.preventDefault();
     generate();
   });
-  $("stop").addEventListener("click", () => 0);
+  $("stop").addEventListener("click", () => generating?.abort());
   let width = 0;
   new ResizeObserver(() => {
     if (decision && $("chart").clientWidth !== width) draw();
@@ -148,6 +148,7 @@ function show() {
   const took = decision.seconds === null ? "" : ` Read in ${(1000 * decision.seconds).toFixed(1)} ms.`;
   $("decision").replaceChildren(
     FALLBACKS[fallback] ?? "",
+    decision.shadow ? `Otherwise it would ask ${named(decision.shadow)}. ` : "",
     "Ask ",
     el("strong", { class: isReference ? "reference" : null }, named(arm)),
     isReference
@@ -187,9 +188,12 @@ function measured() {
 }
 
 function draw() {
-  const rest = legend(decision);
+  const rest = decision.arms.length ? legend(decision) : "";
   say("detail", rest);
-  if (!decision.arms.length) return;
+  if (!decision.arms.length) {
+    $("chart").replaceChildren();
+    return;
+  }
   drawArms(
     $("chart"),
     decision,
@@ -203,7 +207,6 @@ function draw() {
 }
 
 function listArms() {
-  if (!decision.arms.length) return;
   const { arm: chosen, reference } = decision;
   const same = (a, b) => a.model === b.model && a.samples === b.samples;
   const rows = [...decision.arms.filter((arm) => !same(arm, reference)), reference];
