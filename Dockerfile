@@ -71,7 +71,7 @@ RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     pip --python /opt/bestroute install --no-cache-dir --no-deps /wheels/*.whl
 USER 65532:65532
 HEALTHCHECK --interval=15s --timeout=5s --start-period=30s \
-    CMD ["bestroute", "doctor", "--quiet"]
+    CMD ["bestroute", "health"]
 ENTRYPOINT ["bestroute"]
 CMD ["serve"]
 
@@ -93,6 +93,6 @@ VOLUME /var/cache/bestroute
 USER 65532:65532
 # TensorRT compiles for minutes before the server listens, unless the cache has what it made before.
 HEALTHCHECK --interval=15s --timeout=5s --start-period=15m \
-    CMD ["bestroute", "doctor", "--quiet"]
+    CMD ["bestroute", "health"]
 ENTRYPOINT ["bestroute"]
 CMD ["serve"]

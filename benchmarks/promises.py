@@ -205,7 +205,7 @@ PROMISES = [
         "Calls that failed before any text are made again, others not.",
         ("tests/test_misbehaving.py::test_a_call_is_made_again_before_any_text",),
         "nothing is made again",
-        "upstream/providers.py",
+        "upstream/api.py",
         "            not failure.transient\n",
         "            True\n",
     ),

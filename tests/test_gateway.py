@@ -28,6 +28,7 @@ from tests.upstreams import (
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+STREAMING = {"stream": True, "stream_options": {"include_usage": True}}
 SMALL_COST = (10 * 0.1 + 5 * 0.5) / 1e6
 LARGE_COST = (10 * 3 + 5 * 15) / 1e6
 
@@ -430,6 +431,31 @@ async def test_retries_and_fallbacks_are_made_until_a_byte_has_passed(
     assert end == b"", "and no [DONE], for it isn't"
 
 
+async def test_a_model_that_is_switched_off_is_not_offered(tiny_bundle: Path, wire: Wire) -> None:
+    off = {"disabled_arms": ["small"]}
+    async with asking(pool(tiny_bundle, wire.url), operations=off) as gateway:
+        models = await gateway.get("/v1/models")
+        asked_ = await gateway.post({"model": "small", "messages": EASY})
+        close = await gateway.post({"model": "smal", "messages": EASY})
+
+    assert "small" not in [model["id"] for model in models.json["data"]]
+    assert (asked_.status, asked_.error["code"]) == (403, "model_disabled")
+    assert '"small"' not in close.error["message"]
+
+
+@pytest.mark.parametrize("status", [400, 429])
+async def test_so_does_one_of_the_best_of_several_when_nobody_else_answers(
+    tiny_bundle: Path, wire: Wire, status: int
+) -> None:
+    said_ = b'{"error":{"message":"no"}}'
+    wire.replies = [refused(status, said_, Retry_After="7")]
+    async with asking(pool(tiny_bundle, wire.url, max_retries=0)) as gateway:
+        found = await gateway.post({"model": "bestroute/auto", "messages": WORD})
+
+    assert (found.status, found.body, found.headers["retry-after"]) == (status, said_, "7")
+    assert len(wire.bodies) == 3 + 1
+
+
 async def test_too_many_requests_are_told_as_such_when_nobody_else_answers(
     tiny_bundle: Path, wire: Wire
 ) -> None:
@@ -626,14 +652,24 @@ async def test_cached_prompts_cost_what_they_cost(tiny_bundle: Path, wire: Wire)
     used["prompt_tokens_details"] = {"cached_tokens": 600}
     wire.replies = [whole(said("yes", usage=used))]
     settings = pool(tiny_bundle, wire.url)
-    price = {"input_usd_per_mtok": 2, "output_usd_per_mtok": 8, "cached_input_usd_per_mtok": 0.5}
+    price = dict(input_usd_per_mtok=0.1, output_usd_per_mtok=0.5, cached_input_usd_per_mtok=0.02)
     models = {"small": {"provider": "test", "price": price}}
     async with asking(settings, models=models) as gateway:
         found = await gateway.post({"model": "small", "messages": EASY})
+        wire.replies = [streamed(events(text("yes"), finish(), {"choices": [], "usage": used}))]
+        stream = await gateway.post({"model": "small", "messages": EASY, **STREAMING})
+        best = await gateway.post({"model": "bestroute/auto", "messages": WORD})
+        best_stream = await gateway.post({"model": "bestroute/auto", "messages": WORD, **STREAMING})
 
-    paid = (400 * 2 + 600 * 0.5 + 5 * 8) / 1e6
-    assert found.json["usage"]["bestroute"]["cost_usd"] == pytest.approx(paid)
+    paid = (400 * 0.1 + 600 * 0.02 + 5 * 0.5) / 1e6
     assert float(found.headers["x-bestroute-cost-usd"]) == pytest.approx(paid)
+    for told in (found.json["usage"], stream.chunks[-1]["usage"]):
+        assert told["bestroute"]["cost_usd"] == pytest.approx(paid)
+        assert told["prompt_tokens_details"] == {"cached_tokens": 600}
+    for told in (best.json["usage"], best_stream.chunks[-1]["usage"]):
+        assert told["bestroute"]["cost_usd"] == pytest.approx(3 * paid)
+        assert told["prompt_tokens"] == 3000
+        assert told["prompt_tokens_details"] == {"cached_tokens": 1800}
 
 
 async def test_what_was_really_paid_is_charged(tiny_bundle: Path, wire: Wire) -> None:

@@ -77,6 +77,15 @@ def asked(**more: Any) -> Any:
     return wanted(json.dumps(body).encode(), {}, Server())
 
 
+@pytest.mark.parametrize("role", [["user"], {}, None, 3, "poet", "user"])
+def test_turns_of_any_role_pass(role: Any) -> None:
+    """What is no role is for the LLM to refuse; it is decided by the other turns."""
+    found = asked(messages=[{"role": "user", "content": "x"}, {"role": role, "content": "y"}])
+
+    assert found.prompt.text.count("y") == (role == "user")
+    assert json.loads(found.own.body("theirs"))["messages"][1] == {"role": role, "content": "y"}
+
+
 def test_sampling_is_read() -> None:
     named = {"temperature": 0, "top_p": 0.5, "seed": 7}
 

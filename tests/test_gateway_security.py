@@ -211,6 +211,34 @@ async def test_bytes_that_are_no_http_harm_nobody(
     assert not [r for r in caplog.records if r.levelname == "ERROR" and "bestroute" in r.name]
 
 
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [
+        (b"x-bestroute-target: \xff", "must be like one of"),
+        (b"x-bestroute-models: \xff", "there is no model"),
+        (b"bestroute-priority: \xff", "must be high, normal or low"),
+        (b"Content-Encoding: gzip", "gzip"),
+    ],
+)
+async def test_what_can_t_be_decoded_is_the_caller_s_fault(
+    tiny_bundle: Path, wire: Wire, caplog: pytest.LogCaptureFixture, head: bytes, words: str
+) -> None:
+    body = json.dumps(BODY).encode()
+    request = b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n%b\r\n\r\n"
+    async with asking(pool(tiny_bundle, wire.url)) as gateway:
+        host, _, port = str(gateway.running.gateway).rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(request % (len(body), head) + body)
+        answer = await reader.readuntil(b"}}")
+        writer.close()
+
+    status, _, _ = answer.partition(b"\r\n")
+    error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+    assert (status, error["code"]) == (b"HTTP/1.1 400 Bad Request", "invalid_value")
+    assert words in error["message"]
+    assert not [r for r in caplog.records if r.levelname == "ERROR" and "bestroute" in r.name]
+
+
 async def _send(address: str, junk: bytes) -> None:
     host, _, port = address.rpartition(":")
     _reader, writer = await asyncio.open_connection(host, int(port))

@@ -224,6 +224,15 @@ async def test_failures_are_told_in_words_and_never_as_markup(
         await expect(error).to_contain_text(f"no room {MARKUP}")
         assert await page.locator("img[src=x], main script").count() == 0
 
+        by_model(wire, small=answers("bad bad"), large=answers("good"))
+        await page.select_option("#arm", label=f"small {TIMES} 1")
+        await page.check("#escalate")
+        await page.click("#generate")
+        result = page.locator("#result")
+        await expect(result).to_contain_text("did not convince, so the reference was asked too")
+        await expect(page.locator(".candidate.best header")).to_contain_text("large")
+        await expect(error).to_be_empty()
+
         await page.select_option("#arm", "")
         await page.evaluate("document.getElementById('slider').max = 1000")
         await slide(page, 200)
@@ -231,6 +240,26 @@ async def test_failures_are_told_in_words_and_never_as_markup(
         await expect(decide).to_have_text("max_quality_drop: must be in [0, 1], got 2")
         await slide(page, 5)
         await expect(decide).to_be_empty()
+
+
+@needs_chromium
+async def test_it_says_why_a_decision_is_not_the_best_arm(
+    trading_bundle: Path, wire: Wire, browser: Browser
+) -> None:
+    settings = pool(trading_bundle, wire.url)
+    async with (
+        asking(settings, operations={"shadow": True}) as gateway,
+        looking(browser, gateway.url) as page,
+    ):
+        await typed(page, "word1")
+        told = page.locator("#decision")
+        await expect(told).to_contain_text("shadow mode")
+        await expect(told).to_contain_text(f"it would ask medium {TIMES} 1. Ask large")
+        await chosen(page).to_have_attribute("data-arm", "large:1")
+        await page.fill("#prompt", "broken")
+        await expect(told).to_contain_text("The router has failed")
+        await expect(page.locator("#chart svg")).to_have_count(0)
+    assert wire.bodies == []
 
 
 @needs_chromium
@@ -331,7 +360,7 @@ async def test_it_fits_a_phone_follows_the_scheme_and_takes_a_keyboard(
                 await page.click("#to-savings")
                 await expect(page.locator("#series .column")).to_have_count(1)
                 widths.append(await _overflow(page))
-                assert widths == [0, 0]
+                assert widths == [[], []]
                 backgrounds.append(
                     await page.evaluate("getComputedStyle(document.body).backgroundColor")
                 )
@@ -340,10 +369,24 @@ async def test_it_fits_a_phone_follows_the_scheme_and_takes_a_keyboard(
     assert dark < 150
 
 
-async def _overflow(page: Page) -> int:
-    """Pixels by which the page is wider than its window."""
-    root = "document.documentElement"
-    found: int = await page.evaluate(f"{root}.scrollWidth - {root}.clientWidth")
+async def _overflow(page: Page) -> list[str]:
+    """What is wider than the window, or than the card that it is on."""
+    found: list[str] = await page.evaluate(
+        """() => {
+            const root = document.documentElement;
+            const wide = root.scrollWidth > root.clientWidth ? ["the page"] : [];
+            for (const card of document.querySelectorAll(".card, .notice, .candidate")) {
+                const { right } = card.getBoundingClientRect();
+                for (const node of card.querySelectorAll("*")) {
+                    if (node.closest(".wide, .unseen")) continue;
+                    if (node.getBoundingClientRect().right > right) {
+                        wide.push(node.outerHTML.slice(0, 80));
+                    }
+                }
+            }
+            return wide;
+        }"""
+    )
     return found
 
 

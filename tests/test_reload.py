@@ -269,6 +269,29 @@ async def test_a_replacement_that_is_given_up_leaves_nothing_behind(
     assert live.failed == 1
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_hangup_kills_neither_who_starts_nor_who_ends(
+    tiny_bundle: Path, tmp_path: Path, workers: str
+) -> None:
+    with service(tmp_path, tiny_bundle, "--workers", workers) as server:
+        server.process.terminate()
+        while server.process.poll() is None:
+            server.hang_up()
+            time.sleep(0.001)
+        assert server.process.returncode == 0
+
+    script = (
+        "import os, signal; from bestroute.cli import serve; from bestroute.cli import main;"
+        "from bestroute.config import Settings; read = Settings.load.__func__;"
+        "Settings.load = classmethod("
+        "lambda *a: (os.kill(os.getpid(), signal.SIGHUP), read(*a))[1]);"
+        f"main(['serve', '--bundle', '/nowhere', '--workers', '{workers}'])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "can't be read" in done.stderr
+    assert done.returncode >= 0
+
+
 def test_only_settings_of_the_process_cannot_be_changed() -> None:
     former = Settings()
 

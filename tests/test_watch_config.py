@@ -1,5 +1,6 @@
 """The configuration is read anew when its file changes, and what can be is in force at once."""
 
+import asyncio
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from bestroute.cli import main
 from bestroute.config import CallerLimits, Metrics, Settings
 from bestroute.errors import Overloaded, SpendLimitReached
 from bestroute.guard.callers import Callers
+from bestroute.reloading import watching_config
 from bestroute.v1 import routing_pb2 as pb
 from bestroute.v1 import routing_pb2_grpc
 from tests.scrapes import scraped
@@ -145,6 +147,36 @@ async def test_all_workers_hear_of_it(tiny_bundle: Path, tmp_path: Path) -> None
                 models.add(await chosen(routing_pb2_grpc.RoutingServiceStub(channel)))
 
     assert models == {"medium"}
+
+
+async def test_a_change_while_the_watch_begins_is_seen(tmp_path: Path) -> None:
+    """Right after the file has been read to see whether it is what was served from the start."""
+    file = tmp_path / "bestroute.toml"
+    file.write_text(WATCHED)
+    changed = asyncio.Event()
+
+    def load() -> Settings:
+        settings = Settings.load(file)
+        file.write_text(WATCHED + OFF)
+        return settings
+
+    async with watching_config(file, Settings.load(file), load, changed), asyncio.timeout(30):
+        await changed.wait()
+
+
+@pytest.mark.parametrize("text", ["a = " + 5000 * "[", "a = " + 5000 * "9"])
+async def test_workers_outlive_a_file_that_python_cannot_read(
+    tiny_bundle: Path, tmp_path: Path, text: str
+) -> None:
+    """Which isn't what the parser calls an error in TOML."""
+    file = tmp_path / "bestroute.toml"
+    file.write_text(WATCHED)
+    with started(tiny_bundle, "--config", str(file)) as server:
+        await until(server.logged("serves bundle .* on "))
+        file.write_text(text)
+        await until(server.logged("not reloaded, .* is not a readable TOML file"))
+        file.write_text(WATCHED + OFF)
+        await until(server.logged("disabled: small", times=2))
 
 
 def test_without_a_file_there_is_nothing_to_watch(

@@ -244,6 +244,23 @@ async def test_a_worker_that_finds_no_bundle_tries_again(service: Service, bundl
     assert service.workers().keys() == {1, 2}
 
 
+async def test_a_replaced_worker_serves_as_the_others_do(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    """Not by what takes effect at the next start only, which the others don't have."""
+    config = tmp_path / "bestroute.toml"
+    config.write_text("")
+    with serving(tiny_bundle, "--config", str(config)) as service:
+        config.write_text("[server]\nmax_prompt_bytes = 1\n")
+        service.parent.send_signal(signal.SIGHUP)
+        await asyncio.to_thread(wait_until, service.logged("server has changed, which takes"))
+        await asyncio.to_thread(wait_until, service.logged("reloaded:", times=2))
+        os.kill(service.workers()[1], signal.SIGKILL)
+        await asyncio.to_thread(wait_until, service.logged("worker 1 serves again"))
+
+        assert {answer.arm.model for answer in await answers(service.address)} == {"small"}
+
+
 async def test_sigterm_answers_what_every_worker_has_accepted(
     tiny_bundle: Path, upstream: Upstream, tmp_path: Path
 ) -> None:

@@ -366,4 +366,6 @@ def _failure(candidates: Sequence[Candidate]) -> ProviderFailed | DeadlineExceed
         return DeadlineExceeded(
             "the deadline came before any answer was complete" + (f" ({words})" if words else "")
         )
-    return ProviderFailed(words)
+    # Of several refusals the last counts: it is of whoever was asked when all others had failed.
+    last = candidates[-1].error
+    return ProviderFailed(words, last.page if last else None)

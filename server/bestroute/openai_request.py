@@ -8,8 +8,8 @@ A model's name that begins with "bestroute/" asks for a decision; any other asks
     bestroute/match-0.8    match_threshold 0.8
 
 Numbers are fractions, or percentages with a "%". The header `x-bestroute-target` takes the same
-words without "bestroute/"; it counts where the model's name is `bestroute/auto`. Other headers set
-limits, and say what session the request is a turn of.
+words, with or without "bestroute/"; at a proxy it counts where the model is `bestroute/auto`, at
+the gateway always. Other headers set limits, and say what session the request is a turn of.
 """
 
 import math
@@ -26,7 +26,7 @@ PREFIX = "bestroute/"
 """Of the names of models that ask for a decision."""
 
 TARGET = "x-bestroute-target"
-"""The header by which a client, or a proxy before us, says what `bestroute/auto` is to aim at."""
+"""The header by which a client, or a proxy before us, says what a decision is to aim at."""
 
 MODELS, MAX_COST = "x-bestroute-models", "x-bestroute-max-cost-usd"
 """Headers that set limits: names of models, with commas between them, and US dollars."""
@@ -37,12 +37,16 @@ SESSION, STICKY = "x-bestroute-session", "x-bestroute-sticky"
 ASKING = frozenset((TARGET, MODELS, MAX_COST, SESSION, STICKY))
 """The headers of ours that clients may send."""
 
+KNOWN_ROLES = (*ROLES, "function")
+"""Of messages; tools were called functions at first."""
+
 _FIELDS = {"drop": "max_quality_drop", "save": "min_cost_saving", "match": "match_threshold"}
 _TARGET = re.compile(r"(drop|save|match)-(\d{1,3}(?:\.\d{1,9})?)(%?)", re.ASCII)
 _SHOWN = 64
 """Characters of what can't be read that are repeated."""
 
 _LONGEST_SESSION = 256
+"""Bytes."""
 
 
 def target_of(model: str) -> dict[str, float] | None:
@@ -72,14 +76,41 @@ def policy_from(headers: Mapping[str, str], model: str) -> Policy | None:
     Raises:
         InvalidRequest: there is no such target or limit.
     """
-    target: dict[str, Any] | None = target_of(model)
+    target = target_of(model)
     if target is None:
         return None
-    if not target and (said := headers.get(TARGET)):
-        target = _target(TARGET, said.strip(), "")
+    return policy_of(target or target_from(headers) or {}, headers)
+
+
+def target_from(headers: Mapping[str, str]) -> dict[str, float] | None:
+    """The target in the header for it, as `target_of` gives it; None: there is none.
+
+    Raises:
+        InvalidRequest: there is no such target.
+    """
+    said = headers.get(TARGET, "").strip()
+    return _target(TARGET, said.removeprefix(PREFIX), "") if said else None
+
+
+def policy_of(
+    target: Mapping[str, Any], headers: Mapping[str, str], max_samples: int | None = None
+) -> Policy:
+    """A target, within the limits that headers set.
+
+    Args:
+        target: as `target_of` gives it.
+        headers: by their names in lower case.
+        max_samples: a limit that is known otherwise.
+
+    Raises:
+        InvalidRequest: a limit can't be one.
+    """
     names = (name.strip() for name in headers.get(MODELS, "").split(","))
     return Policy(
-        **target, allowed_models=tuple(filter(None, names)) or None, max_cost_usd=_cost(headers)
+        **target,
+        allowed_models=tuple(filter(None, names)) or None,
+        max_samples=max_samples,
+        max_cost_usd=positive(headers, MAX_COST),
     )
 
 
@@ -91,12 +122,38 @@ def session_from(headers: Mapping[str, str]) -> Session | None:
     """
     if not (name := headers.get(SESSION)):
         return None
-    if len(name) > _LONGEST_SESSION:
-        raise InvalidRequest(SESSION, f"must be at most {_LONGEST_SESSION} characters")
-    sticky = headers.get(STICKY, "false").lower()
-    if sticky not in ("true", "false"):
-        raise InvalidRequest(STICKY, f'must be true or false, got "{sticky[:_SHOWN]}"')
-    return Session(name, sticky == "true")
+    if len(name.encode(errors="surrogatepass")) > _LONGEST_SESSION:
+        raise InvalidRequest(SESSION, f"must be at most {_LONGEST_SESSION} bytes")
+    return Session(name, flag(headers, STICKY))
+
+
+def flag(headers: Mapping[str, str], name: str) -> bool:
+    """What a header says that is true or false; it is false where there is none.
+
+    Raises:
+        InvalidRequest: it says neither.
+    """
+    said = headers.get(name, "false").lower()
+    if said not in ("true", "false", "1", "0"):
+        raise InvalidRequest(name, f'must be true or false, got "{said[:_SHOWN]}"')
+    return said in ("true", "1")
+
+
+def positive(headers: Mapping[str, str], name: str) -> float | None:
+    """The number in a header, above 0; None: there is no such header.
+
+    Raises:
+        InvalidRequest: it is no such number.
+    """
+    if (said := headers.get(name)) is None:
+        return None
+    try:
+        number = float(said)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise InvalidRequest(name, f'must be a number above 0, got "{said[:_SHOWN]}"')
+    return number
 
 
 def conversation(messages: object, max_bytes: int) -> Prompt:
@@ -113,9 +170,7 @@ def conversation(messages: object, max_bytes: int) -> Prompt:
         if not isinstance(message, dict):
             raise InvalidRequest(path, "must be an object with role and content")
         role = message.get("role")
-        if role == "function":  # what tools were called at first
-            role = "tool"
-        if role not in ROLES:
+        if role not in KNOWN_ROLES:
             raise InvalidRequest(f"{path}.role", f"must be one of {', '.join(ROLES)}")
         text = _text(message.get("content"), f"{path}.content")
         if not text.strip():
@@ -123,7 +178,7 @@ def conversation(messages: object, max_bytes: int) -> Prompt:
         size += len(text.encode(errors="replace"))
         if size > max_bytes:
             raise InvalidRequest("messages", f"more than the {max_bytes} bytes of text taken here")
-        turns.append(Message(role, text))
+        turns.append(Message("tool" if role == "function" else role, text))
     if not turns:
         raise InvalidRequest("messages", "must have some text, by which it can be decided")
     return Prompt(tuple(turns))
@@ -137,18 +192,6 @@ def _target(field: str, said: str, prefix: str) -> dict[str, float]:
         return {_FIELDS[kind]: float(number) / 100 if percent else float(number)}
     known = ", ".join(f"{prefix}{each}" for each in ("auto", "drop-1%", "save-40%", "match-0.8"))
     raise InvalidRequest(field, f'must be like one of {known}, got "{prefix}{said[:_SHOWN]}"')
-
-
-def _cost(headers: Mapping[str, str]) -> float | None:
-    if (said := headers.get(MAX_COST)) is None:
-        return None
-    try:
-        usd = float(said)
-    except ValueError:
-        usd = math.nan
-    if not 0 < usd < math.inf:
-        raise InvalidRequest(MAX_COST, f'must be a number above 0, got "{said[:_SHOWN]}"')
-    return usd
 
 
 def _text(content: Any, path: str) -> str:

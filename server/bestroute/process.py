@@ -48,14 +48,25 @@ def spare_what_is_loaded() -> None:
 
 @contextmanager
 def on_hangup() -> Iterator[asyncio.Event]:
-    """An event set by each SIGHUP; whoever has seen it clears it."""
+    """An event set by each SIGHUP, also by one that `hold_hangup` has held back.
+
+    Whoever has seen it clears it. After the block SIGHUP is ignored.
+    """
     loop = asyncio.get_running_loop()
     hangup = asyncio.Event()
     loop.add_signal_handler(signal.SIGHUP, hangup.set)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
     try:
         yield hangup
     finally:
         loop.remove_signal_handler(signal.SIGHUP)
+        # The default would kill a process that has drained and is about to end with exit code 0.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+def hold_hangup() -> None:
+    """Have a SIGHUP wait for `on_hangup`, instead of killing a process that is still starting."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
 
 
 @contextmanager

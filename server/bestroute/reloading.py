@@ -19,7 +19,14 @@ from bestroute.live import Live
 from bestroute.place import OPENED_WITH
 from bestroute.tasks import task_group
 
-__all__ = ["fingerprint", "reloading", "unchangeable", "watching_config"]
+__all__ = [
+    "changeable",
+    "fingerprint",
+    "read",
+    "reloading",
+    "unchangeable",
+    "watching_config",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -57,11 +64,9 @@ async def reloading(
         while True:
             await hangup.wait()
             hangup.clear()
-            if (wanted := await _read(load)) is None:
+            if (wanted := await read(load)) is None:
                 continue
-            for key in unchangeable(settings, wanted):
-                _log.warning("%s has changed, which takes effect at the next start", key)
-            latest = wanted
+            latest = wanted = changeable(settings, wanted)
             apply(wanted)
             # Not waited for: while a bundle is loaded, other settings may be wanted.
             replacing.add(task := tasks.create_task(_replace(live, wanted)))
@@ -70,9 +75,11 @@ async def reloading(
     async with asyncio.TaskGroup() as tasks:
         running = [tasks.create_task(reload(tasks))]
         if settings.watch_bundle:
-            if fingerprint(settings.bundle or DEFAULT_BUNDLE) != live.files:
+            served = _bundles(settings)
+            if served[0] != live.files:
                 hangup.set()  # changed since it was loaded
-            running.append(tasks.create_task(_watch(lambda: _bundles(latest), hangup, _LOOK)))
+            watch = _watch(lambda: _bundles(latest), served, hangup, _LOOK)
+            running.append(tasks.create_task(watch))
         try:
             yield
         finally:
@@ -80,7 +87,7 @@ async def reloading(
                 task.cancel()
 
 
-async def _read(load: Callable[[], Settings]) -> Settings | None:
+async def read(load: Callable[[], Settings]) -> Settings | None:
     """The settings; None, and an error is logged, if they can't be read."""
     try:
         return await asyncio.to_thread(load)
@@ -103,6 +110,14 @@ async def _replace(live: Live, wanted: Settings) -> None:
     if opened:
         gc.collect()  # the former, which is large and refers to itself
         return_freed_memory()
+
+
+def changeable(settings: Settings, wanted: Settings) -> Settings:
+    """The wanted settings, but for what can't be changed in a running process; warns of that."""
+    held = unchangeable(settings, wanted)
+    for key in held:
+        _log.warning("%s has changed, which takes effect at the next start", key)
+    return wanted.model_copy(update={key: getattr(settings, key) for key in held})
 
 
 def unchangeable(settings: Settings, wanted: Settings) -> list[str]:
@@ -130,8 +145,9 @@ async def watching_config(
         yield
         return
     async with task_group() as tasks:
-        watch = tasks.create_task(_watch(lambda: [_stat(file)], changed, _LOOK_AT_CONFIG))
-        if await _read(load) != settings:
+        served = [_stat(file)]  # before it is read, so that no change is between the two
+        watch = tasks.create_task(_watch(lambda: [_stat(file)], served, changed, _LOOK_AT_CONFIG))
+        if await read(load) != settings:
             changed.set()  # since it was read
         try:
             yield
@@ -140,10 +156,13 @@ async def watching_config(
 
 
 async def _watch(
-    look: Callable[[], Sequence[Fingerprint]], changed: asyncio.Event, period: float
+    look: Callable[[], Sequence[Fingerprint]],
+    served: Sequence[Fingerprint],
+    changed: asyncio.Event,
+    period: float,
 ) -> None:
-    """Tell when files are others than before, and at rest."""
-    served = last = await asyncio.to_thread(look)
+    """Tell when files are others than those that are served, and at rest."""
+    last = served
     while True:
         await asyncio.sleep(period)
         now = await asyncio.to_thread(look)

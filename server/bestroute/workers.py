@@ -25,7 +25,7 @@ from pathlib import Path
 from bestroute.config import ConfigInvalid, Gateway, Server, Settings
 from bestroute.observe.logs import log_to_stderr, set_level
 from bestroute.process import first_signal, log_ready, on_hangup
-from bestroute.reloading import watching_config
+from bestroute.reloading import changeable, read, watching_config
 
 _log = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ async def _supervise(settings: Settings, load: Callable[[], Settings], file: Pat
         async with asyncio.TaskGroup() as keeping:
             for worker in workers:
                 keeping.create_task(_keep(worker, stop))
-            reloading = keeping.create_task(_reload(workers, load, hangup))
+            reloading = keeping.create_task(_reload(workers, settings, load, hangup))
             async with watching_config(file, settings, load, hangup):
                 await stop.wait()
             reloading.cancel()
@@ -143,20 +143,22 @@ async def _supervise(settings: Settings, load: Callable[[], Settings], file: Pat
 
 
 async def _reload(
-    workers: Sequence["_Worker"], load: Callable[[], Settings], hangup: asyncio.Event
+    workers: Sequence["_Worker"],
+    settings: Settings,
+    load: Callable[[], Settings],
+    hangup: asyncio.Event,
 ) -> None:
     """Give the workers the settings anew whenever that is asked for; each says how it went."""
     while True:
         await hangup.wait()
         hangup.clear()
-        try:
-            settings = await asyncio.to_thread(load)
-        except ConfigInvalid as error:
-            _log.error("not reloaded, the former settings hold: %s", error)
+        if (wanted := await read(load)) is None:
             continue
-        set_level(settings.log_level)
+        # Not left to the workers: one that is replaced would start with what the others don't have.
+        wanted = changeable(settings, wanted)
+        set_level(wanted.log_level)
         for worker in workers:
-            worker.reload(settings)
+            worker.reload(wanted)
 
 
 async def _keep(worker: "_Worker", stop: asyncio.Event) -> None:

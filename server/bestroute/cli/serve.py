@@ -87,7 +87,9 @@ def run(args: argparse.Namespace) -> int:
 def serve(args: argparse.Namespace, flags: Mapping[str, Any]) -> int:
     """Serve by a file's settings, and by flags that win over them, until a signal comes."""
     from bestroute.config import ConfigInvalid, Settings
+    from bestroute.process import hold_hangup
 
+    hold_hangup()
     try:
 
         def load() -> Settings:

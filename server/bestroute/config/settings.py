@@ -153,7 +153,8 @@ def _read(file: Path) -> dict[str, Any]:
             f"{file} does not exist; start from examples/bestroute.toml, "
             "or leave --config away to run with the defaults"
         ) from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    # Of what isn't TOML the parser says so; of numbers too long or nested too deep Python does.
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigInvalid(f"{file} is not a readable TOML file: {error}") from error
 
 

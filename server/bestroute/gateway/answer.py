@@ -9,7 +9,7 @@ from typing import Any
 from bestroute.best_of_n import FellBack, Result
 from bestroute.candidate import Candidate
 from bestroute.desk import Decided
-from bestroute.gateway.members import members, with_member
+from bestroute.members import members_by_name, with_member
 from bestroute.pass_through import Event
 from bestroute.pricing import cost
 from bestroute.upstream.completion import Ended
@@ -102,7 +102,7 @@ class Account:
             begin = text.index("{")
             end = text.rindex("}") + 1
             said = text[begin:end]
-            found = members(said)["usage"]
+            found = members_by_name(said)["usage"]
             told = with_member(said[found.start : found.end], "bestroute", block)
         except (ValueError, KeyError):  # JSON in several lines, say: then it passes as it is
             return piece.raw
@@ -154,12 +154,14 @@ class Account:
 
     def _usage(self, result: Result) -> dict[str, Any]:
         used = result.usage
-        return {
+        told: dict[str, Any] = {
             "prompt_tokens": used.input_tokens,
             "completion_tokens": used.output_tokens,
             "total_tokens": _total(used),
-            "bestroute": self._block(self._candidates),
         }
+        if used.cached_tokens:
+            told["prompt_tokens_details"] = {"cached_tokens": used.cached_tokens}
+        return {**told, "bestroute": self._block(self._candidates)}
 
     def _finish_reason(self, result: Result) -> str:
         return self._finish_reasons.get(result.candidate, "stop")

@@ -10,6 +10,7 @@ from aiohttp import web
 from bestroute.boundary import Report
 from bestroute.call import Call
 from bestroute.desk import Desk
+from bestroute.errors import InvalidRequest
 from bestroute.gateway.errors import (
     BodyTooLarge,
     BodyTooSlow,
@@ -45,7 +46,7 @@ class Reply:
 
     def __init__(self, request: web.Request, max_body_bytes: int) -> None:
         self.request, self._max_body_bytes = request, max_body_bytes
-        self.metadata = [(name.lower(), value) for name, value in request.headers.items()]
+        self.metadata = [(name.lower(), _text(value)) for name, value in request.headers.items()]
         self.headers = dict(reversed(self.metadata))
         self._stream: web.StreamResponse | None = None
 
@@ -55,6 +56,7 @@ class Reply:
         Raises:
             BodyTooLarge: it is larger than is taken here.
             BodyTooSlow: it doesn't come.
+            InvalidRequest: it is not what its Content-Encoding says.
         """
         try:
             async with asyncio.timeout(_BODY_WAIT):
@@ -66,6 +68,8 @@ class Reply:
                 f"the body has more than {self._max_body_bytes} bytes; the server's "
                 "gateway.max_body_bytes sets how many it may have"
             ) from None
+        except web.RequestPayloadError as error:
+            raise InvalidRequest("body", f"can't be read: {error}") from error
 
     def json(self, body: bytes, headers: Headers) -> web.StreamResponse:
         """All of the response."""
@@ -194,6 +198,11 @@ def _names_in(certificate: Mapping[str, Any]) -> dict[str, list[bytes]]:
         "x509_common_name": common,
     }
     return {key: [name.encode() for name in names] for key, names in found.items()}
+
+
+def _text(value: str) -> str:
+    """A header's value without bytes that are no UTF-8, which could not be repeated anywhere."""
+    return value if value.isascii() else value.encode(errors="replace").decode()
 
 
 def response_of(told: Fault) -> web.Response:

@@ -67,10 +67,11 @@ class Models:
 
 
 def names(router: Router) -> list[str]:
-    """What can be written for a model: targets in reach, and the pool's models that are served."""
+    """What can be written for a model: targets in reach, and models that are served and not off."""
     targets = [PREFIX + target for target, policy in _TARGETS.items() if _in_reach(router, policy)]
-    served = router.providers.models
-    return [*targets, *(m.name for m in router.manifest.models if m.name in served)]
+    served, off = router.providers.models, router.rules.disabled
+    pool = (model.name for model in router.manifest.models)
+    return [*targets, *(name for name in pool if name in served and not off.has(name, 1))]
 
 
 def _in_reach(router: Router, policy: Policy) -> bool:

@@ -1,6 +1,8 @@
 """LLMs behind OpenAI-compatible HTTP APIs: what is asked of them, what comes back, what goes wrong.
 
-providers     draws samples: keys, places, retries, traces, counts
+providers     draws samples from them
+api           one of them: keys, places, retries
+telemetry     what is told of each call: counts, traces
 chat          one chat completion over HTTP: what is sent, how long is waited
 sse           server-sent events out of bytes
 relay         a caller's own request passed on, and the answer as it comes

@@ -14,6 +14,7 @@ import aiohttp
 from yarl import URL
 
 from bestroute.config import Provider
+from bestroute.errors import Page
 from bestroute.prompt import Prompt
 from bestroute.upstream.completion import Completion, Event
 from bestroute.upstream.failures import CallFailed, Reason, error_words, refusal
@@ -145,7 +146,7 @@ class Chat:
         async with self.post(headers, json=request) as response:
             content = response.content
             if response.status != 200:
-                raise refusal_of(response, await error_page(response))
+                raise await self.refused(response)
             completion.accepted = True
             piece = await patience.read(content)
             # What it is shows in the first byte; servers give it all kinds of types.
@@ -171,6 +172,21 @@ class Chat:
                         piece = await patience.read(content)
         if not completion.finished:
             raise incomplete(completion)
+
+    async def refused(self, response: aiohttp.ClientResponse) -> CallFailed:
+        """What a status other than 200 says, with its page where that is for the caller."""
+        body = await error_page(response)
+        failure = refusal_of(response, body)
+        asked = failure.reason is Reason.REJECTED and not failure.faulty and response.status >= 400
+        if asked or failure.reason is Reason.RATE_LIMITED:
+            failure.page = Page(
+                response.status,
+                response.headers.get("Content-Type", "application/json"),
+                self.without_key(body),
+                response.headers.get("Retry-After", ""),
+                final=asked,
+            )
+        return failure
 
     def post(
         self, headers: Mapping[str, str], **body: Any

@@ -17,6 +17,9 @@ HIDDEN_PROMPT_TOKENS = 10_000
 MOST_OUTPUT_TOKENS = 262_144
 """Most tokens that one answer has, hidden reasoning included."""
 
+_MOST_STATED = 1_000_000_000
+"""Tokens; a statement of more is none."""
+
 
 @dataclass(frozen=True, slots=True)
 class Usage:
@@ -75,7 +78,9 @@ def _stated(statement: object) -> Usage | None:
         return None
     prompt, answer = statement.get("prompt_tokens"), statement.get("completion_tokens")
     # Exactly: a bool is an int too.
-    if type(prompt) is not int or type(answer) is not int or prompt <= 0 or answer < 0:
+    if type(prompt) is not int or type(answer) is not int:
+        return None
+    if not (0 < prompt <= _MOST_STATED and 0 <= answer <= _MOST_STATED):
         return None
     return Usage(prompt, answer, cached_tokens=_stated_cached(statement, prompt))
 

@@ -62,7 +62,7 @@ export class Answers {
   column(index, model = this.reference) {
     let found = this.candidates.get(index);
     if (!found) {
-      const text = el("pre", { tabindex: 0, "aria-label": `answer ${index + 1}` });
+      const text = el("pre", { tabindex: 0, role: "group", "aria-label": `answer ${index + 1}` });
       text.append(document.createTextNode(""));
       const mark = el("span", { class: "mark" }, "writing …");
       const footer = el("footer", {});

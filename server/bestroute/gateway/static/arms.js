@@ -6,7 +6,8 @@ import { decades, free, linear, logarithmic, ticks } from "./scales.js";
 const RADIUS = 9;
 const CHEAPEST = 1e-8; // what costs nothing has no place on a scale of powers
 const STEPS = 160;
-const LETTER = 6.4;
+const LETTER = 6.4; // about the width of one
+const BOLD = 7.1;
 
 const price = (arm) => Math.max(arm.estimated_cost_usd, CHEAPEST);
 const key = (arm) => `${arm.model}:${arm.samples}`;
@@ -157,38 +158,37 @@ function shaded(places, edge) {
   ];
 }
 
-/** A line through the arms of each model, and the model's name where there is room for it. */
+/** A line through the arms of each model, and the model’s name where there is room for it. */
 function tracks(points, line, x, y, by, decision, edge) {
   const taken = [
     ...points.map((arm) => around(x(price(arm)), y(by.value(arm)), RADIUS)),
     ...line.map(([across, up]) => around(across, up, 2)),
   ];
   const found = [];
-  for (const model of new Set(points.map((arm) => arm.model))) {
+  const marked = [decision.arm.model, decision.reference.model];
+  for (const model of new Set([...marked, ...points.map((arm) => arm.model)])) {
     const own = points.filter((arm) => arm.model === model);
     const places = own.map((arm) => [x(price(arm)), y(by.value(arm))]);
     found.push(svg("polyline", { class: "track", points: places.map(String).join(" ") }));
     const [first, last] = [places[0], places.at(-1)];
-    const long = model.length * LETTER;
-    const spot = free(
-      [
-        label(last[0] + 14, last[1], long),
-        label(first[0] - 14 - long, first[1], long),
-        label(last[0] - long / 2, last[1] - 19, long),
-        label(last[0] - long / 2, last[1] + 19, long),
-        label(first[0] - long / 2, first[1] - 19, long),
-        label(first[0] - long / 2, first[1] + 19, long),
-        label(last[0] + 10, last[1] - 16, long),
-        label(last[0] + 10, last[1] + 16, long),
-        label(first[0] - 10 - long, first[1] + 16, long),
-        label(first[0] - 10 - long, first[1] - 16, long),
-      ],
-      taken,
-      edge,
-    );
+    const long = model.length * (model === decision.arm.model ? BOLD : LETTER);
+    if (!first) continue;
+    const spots = [
+      label(last[0] + 16, last[1], long),
+      label(first[0] - 16 - long, first[1], long),
+      label(last[0] - long / 2, last[1] - 19, long),
+      label(last[0] - long / 2, last[1] + 19, long),
+      label(first[0] - long / 2, first[1] - 19, long),
+      label(first[0] - long / 2, first[1] + 19, long),
+      label(last[0] + 10, last[1] - 16, long),
+      label(last[0] + 10, last[1] + 16, long),
+      label(first[0] - 10 - long, first[1] + 16, long),
+      label(first[0] - 10 - long, first[1] - 16, long),
+    ];
+    const spot = free(spots, taken, edge);
+    if (!spot) continue; // a small window; pointing at the arm tells its name
     taken.push(spot);
-    const kind =
-      model === decision.arm.model ? "chosen" : model === decision.reference.model ? "reference" : "";
+    const kind = ["chosen", "reference"].filter((_, index) => model === marked[index]).join(" ");
     found.push(svg("text", { class: `name ${kind}`, x: spot.left, y: spot.bottom - 4 }, model));
   }
   return found;

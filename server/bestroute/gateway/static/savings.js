@@ -64,8 +64,8 @@ function show() {
   const [spent, reference] = [basis.spent(total), basis.reference(total)];
   const saved = reference - spent;
   const troubles = [
-    total.failovers ? `${count(total.failovers)} failovers` : "",
-    total.errors ? `${count(total.errors)} errors` : "",
+    total.failovers ? `failovers: ${count(total.failovers)}` : "",
+    total.errors ? `errors: ${count(total.errors)}` : "",
   ];
   $("totals").replaceChildren(
     figure(basis.labels[0], money(spent)),
@@ -82,7 +82,7 @@ function show() {
   const empty = !basis.many(total) && !spent;
   $("nothing").hidden = !empty;
   $("nothing").textContent = empty ? nothing(total) : "";
-  $("series").hidden = $("series-details").hidden = empty;
+  $("series-box").hidden = empty;
   drawSeries();
   listSeries(basis);
   showShares(total);
@@ -110,9 +110,9 @@ function drawSeries() {
   const basis = BASES[chosen("basis")];
   const { now, since, hours, step, periods } = history;
   const width = box.clientWidth;
-  if (!width || box.hidden) return;
-  const height = 260;
-  const edge = { left: 64, right: width - 8, top: 26, bottom: height - 24 };
+  if (!width) return;
+  const height = 244;
+  const edge = { left: 64, right: width - 8, top: 10, bottom: height - 24 };
   const last = Math.floor(now / step) * step + step;
   const first = last - hours * 3600;
   const x = linear([first, last], [edge.left, edge.right]);
@@ -123,7 +123,7 @@ function drawSeries() {
     role: "img",
     "aria-label": `Money by ${step / 60} minutes: spent, and saved against the reference; the table has the numbers`,
   });
-  picture.append(...key(edge), ...axes(most, y, first, last, x, edge));
+  picture.append(...axes(most, y, first, last, x, edge));
   if (since > first) picture.append(...before(x(since), edge));
   const wide = Math.max(1, x(first + step) - x(first) - 2);
   for (const period of periods) {
@@ -144,19 +144,6 @@ function drawSeries() {
     );
   }
   box.replaceChildren(picture);
-}
-
-function key(edge) {
-  const parts = [["spent", "spent"], ["saved", "saved against the reference"], ["over", "spent beyond it"]];
-  let at = edge.left;
-  return parts.flatMap(([kind, words]) => {
-    const found = [
-      svg("rect", { class: kind, x: at, y: 3, width: 10, height: 10, rx: 2 }),
-      svg("text", { x: at + 15, y: 12 }, words),
-    ];
-    at += 34 + words.length * 6.2;
-    return found;
-  });
 }
 
 /** The time in which nothing was kept, because the process had not begun. */

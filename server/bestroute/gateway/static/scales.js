@@ -34,7 +34,7 @@ export function decades([low, high]) {
   return found;
 }
 
-/** The first place for a box that is inside and touches none of those taken; else the first. */
+/** The first place for a box that is inside and touches none of those taken, if there is one. */
 export function free(places, taken, edge) {
   const clear = (box) =>
     box.left >= edge.left &&
@@ -46,5 +46,5 @@ export function free(places, taken, edge) {
         box.bottom < other.top ||
         box.top > other.bottom,
     );
-  return places.find(clear) ?? places[0];
+  return places.find(clear);
 }

@@ -182,8 +182,8 @@ function measured() {
   const drop = point.quality_drop;
   const quality = drop <= 0 ? `gained ${percent(-drop, 1)}` : `lost ${percent(drop, 1)}`;
   return (
-    `Over the bundle’s test prompts this setting saved ${percent(point.cost_saving)} and ` +
-    `${quality} of the quality (95 % sure: at most ${percent(point.quality_drop_upper, 1)} lost).`
+    `Over the bundle’s data this setting saved ${percent(point.cost_saving)} and ` +
+    `${quality} of the quality (95${UNIT} sure: at most ${percent(point.quality_drop_upper, 1)} lost).`
   );
 }
 

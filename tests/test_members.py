@@ -1,4 +1,4 @@
-"""Parts of JSON texts and of streams: whatever they are, nothing but what is meant changes."""
+"""Parts of JSON texts: whatever these are, nothing but what is meant changes."""
 
 import json
 from typing import Any
@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bestroute.gateway.members import members, with_member
-from bestroute.upstream.whole_events import Events, data_of
+from bestroute.members import members, members_by_name, with_member, with_value
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -30,8 +29,9 @@ def test_members_are_where_they_are_said_to_be(
     value: dict[str, Any], how: dict[str, Any], blanks: str
 ) -> None:
     text = blanks + json.dumps(value, **how) + blanks
-    found = members(text)
+    found = members_by_name(text)
 
+    assert list(members(text)) == list(found.values())
     assert {name: each.value for name, each in found.items()} == value
     assert all(json.loads(text[m.start : m.end]) == value[name] for name, m in found.items())
 
@@ -44,37 +44,37 @@ def test_one_member_changes_and_no_other(
     changed = with_member(text, name, new)
 
     assert json.loads(changed) == {**value, name: new}
-    assert list(members(changed)) == list({**value, name: new})
+    assert list(members_by_name(changed)) == list({**value, name: new})
 
 
 @pytest.mark.parametrize(
     "text",
     [
         *("", "[]", "1", "{", "}", '{"a"}', '{"a":}', '{"a":1,}', '{"a":1}}', '{"a":1} {}'),
-        *("{1:2}", '{"a":1 "b":2}', '{"a":1,"a":2}', '{"a":1,"\\u0061":2}', '{,"a":1}', '{"a":1'),
+        *("{1:2}", '{"a":1 "b":2}', '{,"a":1}', '{"a":1'),
     ],
 )
 def test_what_is_no_object_is_refused(text: str) -> None:
     with pytest.raises(ValueError):  # noqa: PT011 - json's own, or one of ours like it
-        members(text)
+        list(members(text))
 
 
-@given(
-    st.lists(st.sampled_from([b"data: 1", b": x", b"event: y", b"data:", b"data: \xc3\xa9"])),
-    st.lists(st.sampled_from([b"\n\n", b"\r\n\r\n", b"\r\r", b"\n\r\n"]), min_size=1),
-    st.lists(st.integers(1, 5), min_size=1),
-)
-def test_events_are_the_same_however_they_are_cut(
-    lines: list[bytes], ends: list[bytes], sizes: list[int]
+@given(st.lists(st.tuples(st.sampled_from("abc"), VALUES)), VALUES, HOW)
+def test_of_members_of_one_name_each_is_found_and_changed(
+    pairs: list[tuple[str, Any]], new: Any, how: dict[str, Any]
 ) -> None:
-    stream = b"".join(line + ends[i % len(ends)] for i, line in enumerate(lines))
-    events, found, at, turn = Events(), list[bytes](), 0, 0
-    while at < len(stream):
-        size = sizes[turn % len(sizes)]
-        found += events.feed(stream[at : at + size])
-        at, turn = at + size, turn + 1
+    inner = ",".join(f"{json.dumps(name)}: {json.dumps(value, **how)}" for name, value in pairs)
+    found = list(members(text := f"{{{inner}}}"))
 
-    assert b"".join(found) + bytes(events.rest) == stream
-    told = [line.partition(b":")[2].strip() for line in lines if line.startswith(b"data:")]
-    said = [data_of(event) for event in (*found, bytes(events.rest))]
-    assert [each for each in said if each] == [each for each in told if each]
+    assert [(each.name, each.value) for each in found] == pairs
+    changed = with_value(text, [each for each in found if each.name == "a"], new)
+    expected = [(name, new if name == "a" else value) for name, value in pairs]
+    assert [(each.name, each.value) for each in members(changed)] == expected
+
+
+@pytest.mark.parametrize("text", ['{"a":1,"a":2}', '{"a":1,"\\u0061":2}'])
+def test_by_name_there_is_one_of_each(text: str) -> None:
+    with pytest.raises(ValueError, match="'a' for the second time"):
+        members_by_name(text)
+    with pytest.raises(ValueError, match="'a' for the second time"):
+        with_member(text, "b", 1)
