@@ -1,5 +1,6 @@
 """A real gateway before upstreams of bytes, asked over HTTP by hand."""
 
+import io
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -53,7 +54,7 @@ class Asking(NamedTuple):
 
     async def post(self, body: Any, path: str = "/v1/chat/completions", **headers: str) -> Answer:
         """Ask; an underscore in a header's name stands for a hyphen."""
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        data = io.BytesIO(body if isinstance(body, bytes) else json.dumps(body).encode())
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         async with self.session.post(self.url + path, data=data, headers=named) as response:
             return await _read(response)

@@ -5,6 +5,9 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+MOST = 1000
+"""Members that an object may have; requests have some ten, and each is read one by one."""
+
 _DECODER = json.JSONDecoder()
 _BEGIN = re.compile(r"[ \t\n\r]*\{[ \t\n\r]*(\}[ \t\n\r]*)?")
 _COLON = re.compile(r"[ \t\n\r]*:[ \t\n\r]*")
@@ -24,14 +27,17 @@ def members(text: str) -> Iterator[Member]:
     """The members of the object that a text is, in order; names may come several times.
 
     Raises:
-        ValueError: it is none, which may show only after some members.
+        ValueError: it is none, or has more than `MOST` members, which may show only after some.
         RecursionError: it is too deep.
     """
-    mark = _expected(_BEGIN, text, 0)
+    mark, left = _expected(_BEGIN, text, 0), MOST
     while not (mark[1] or "").startswith("}"):
         name, at = _DECODER.raw_decode(text, mark.end())
         if not isinstance(name, str):
             raise json.JSONDecodeError("a member without a name", text, at)
+        if not left:
+            raise json.JSONDecodeError(f"more than {MOST} members", text, at)
+        left -= 1
         begin = _expected(_COLON, text, at).end()
         value, at = _DECODER.raw_decode(text, begin)
         yield Member(name, value, begin, at)

@@ -98,7 +98,7 @@ def wanted(body: bytes, headers: Mapping[str, str], limits: Server) -> Wanted:
         sampling or Sampling(),
         sampling is not None and flag(headers, ESCALATE),
         session_from(headers),
-        _own(text, found, choices, len(prompt.text), with_usage=stream and not usage),
+        _own(text, found, choices, len(prompt.text), stream=stream, usage=usage),
         stream,
         usage,
     )
@@ -153,7 +153,13 @@ def _prompt(messages: list[Any], max_bytes: int) -> Prompt:
 
 
 def _own(
-    text: str, found: Mapping[str, Member], choices: int, characters: int, *, with_usage: bool
+    text: str,
+    found: Mapping[str, Member],
+    choices: int,
+    characters: int,
+    *,
+    stream: bool,
+    usage: bool,
 ) -> Relayed:
     """The request in two parts, around the model's name.
 
@@ -162,11 +168,12 @@ def _own(
         found: its members.
         choices: answers that it asks for.
         characters: of its texts.
-        with_usage: whether to have the stream say what was used, which it doesn't by itself.
+        stream: whether it asks for a stream, and
+        usage: whether that is to say what was used, which it has to in any case.
     """
     model = found["model"]
     before, after = text[: model.start], text[model.end :]
-    if with_usage:
+    if stream and not usage:
         asked = {"include_usage": True}
         if (options := found.get("stream_options")) is None:
             after = f',"stream_options":{json.dumps(asked)}{after}'
@@ -180,7 +187,7 @@ def _own(
                 before = text[: options.start] + said + text[options.end : model.start]
             else:
                 after = text[model.end : options.start] + said + text[options.end :]
-    return Relayed(before.encode(), after.encode(), choices, characters)
+    return Relayed(before.encode(), after.encode(), choices, stream, characters)
 
 
 def _integer(headers: Mapping[str, str], name: str) -> int | None:

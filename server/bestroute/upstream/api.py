@@ -110,7 +110,8 @@ class Api:
             return Heard(candidates, request.prompt_characters, most)
 
         async def pass_on(headers: Mapping[str, str], heard: Heard) -> None:
-            await relay(self.chat, self._settings, model, body, headers, heard, emit)
+            stream = request.stream
+            await relay(self.chat, self._settings, model, body, headers, heard, emit, stream=stream)
 
         asked = Asked(model, name, candidates, request.choices)
         await self._ask(asked, heard, pass_on, emit, call)

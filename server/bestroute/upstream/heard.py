@@ -8,6 +8,9 @@ from bestroute.upstream.completion import Completion, Ended, Finished
 from bestroute.upstream.failures import CallFailed, Reason, clean
 from bestroute.upstream.usage import Usage, estimated_tokens, reported_usage, shares
 
+_NO_WORDS = frozenset(("id", "type", "data", "url"))
+"""Members that an answer's length has nothing to do with: a sound or a picture is long anyway."""
+
 
 class Heard(Completion):
     """What a relayed answer says of itself; unlike other completions it need not have a text.
@@ -121,5 +124,5 @@ def _strings(value: object) -> Iterator[str]:
             yield from _strings(each)
     elif isinstance(value, dict):
         for key, each in value.items():
-            if key not in ("id", "type"):
+            if key not in _NO_WORDS:
                 yield from _strings(each)

@@ -3,31 +3,34 @@
 What passes is read along the way, for what it says of tokens and ends, and never written anew.
 """
 
+import io
 import json
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import aiohttp
 
 from bestroute.config import Provider
-from bestroute.errors import Page
 from bestroute.upstream.chat import (
     FAILURES,
     Chat,
     Patience,
-    error_page,
     failure_of,
     incomplete,
     linger,
-    refusal_of,
 )
 from bestroute.upstream.completion import Ended, Event
 from bestroute.upstream.failures import CallFailed, Reason
 from bestroute.upstream.heard import Heard
+from bestroute.upstream.whole_answers import as_chunk
 from bestroute.upstream.whole_events import MAX_BODY, Events, data_of
 
 _DONE = b"[DONE]"
+_BOM = b"\xef\xbb\xbf"
+_LARGE = 1 << 16
+"""Bytes of a body from which writing it at once would hold up the event loop."""
+_STREAM = "text/event-stream"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +41,14 @@ class Relayed:
         before: the body up to that name, and
         after: from there on.
         choices: how many answers it asks for.
+        stream: whether it asks for a stream.
         prompt_characters: length of its texts.
     """
 
     before: bytes
     after: bytes
     choices: int
+    stream: bool
     prompt_characters: int
 
     def body(self, model: str) -> bytes:
@@ -89,6 +94,8 @@ async def relay(
     headers: Mapping[str, str],
     heard: Heard,
     emit: Callable[[Event | Opened | Piece], None],
+    *,
+    stream: bool,
 ) -> None:
     """Make a call and pass on what comes; until something has come of the answer, nothing passes.
 
@@ -100,6 +107,7 @@ async def relay(
         headers: to send along.
         heard: takes in what passes.
         emit: is called with `Opened`, and then with each `Piece`.
+        stream: whether a stream was asked for; it is then one that passes, whatever comes.
 
     Raises:
         CallFailed: the answer is not complete; nothing has passed if `heard` is untouched.
@@ -109,11 +117,13 @@ async def relay(
         async with patience.limit:
             patience.renew()
             async with chat.post(
-                headers={"Content-Type": "application/json", **headers}, data=body
+                headers={"Content-Type": "application/json", **headers},
+                # As a file it is written piece by piece; small ones take less time as they are.
+                data=io.BytesIO(body) if len(body) > _LARGE else body,
             ) as response:
                 if response.status != 200:
-                    raise await _refused(response, chat)
-                await _pass(response, model, heard, emit, patience)
+                    raise await chat.refused(response)
+                await _pass(response, model, heard, emit, patience, stream=stream)
     except FAILURES as error:
         if not heard.finished:
             raise failure_of(error, patience) from error
@@ -125,15 +135,18 @@ async def _pass(
     heard: Heard,
     emit: Callable[[Event | Opened | Piece], None],
     patience: Patience,
+    *,
+    stream: bool,
 ) -> None:
     heard.accepted, content = True, response.content
+    raw = await _opening(content, patience)
+    opening = raw[:1]
+    kind = "application/json" if opening == b"{" else _STREAM
     opened = Opened(
         model,
-        response.headers.get("Content-Type", "application/json"),
+        response.headers.get("Content-Type", kind),
         response.headers.get("x-request-id", ""),
     )
-    raw = await patience.read(content)
-    opening = raw.lstrip()[:1]
     if opening == b"<":
         heard.accepted = False
         raise CallFailed(Reason.MALFORMED, "a web page instead of an answer")
@@ -143,13 +156,25 @@ async def _pass(
         if heard.untouched:
             raise CallFailed(Reason.MALFORMED, "an answer without choices")
         heard.complete()
-        emit(opened)
-        emit(Piece(raw, heard.ends() if isinstance(said.get("usage"), dict) else ()))
+        ended = heard.ends() if isinstance(said.get("usage"), dict) else ()
+        if stream:  # of anything else OpenAI's clients read nothing, and find no fault
+            emit(replace(opened, content_type=_STREAM))
+            emit(Piece(_event(as_chunk(said)), ended))
+            emit(Piece(_event(_DONE)))
+        else:
+            emit(opened)
+            emit(Piece(raw, ended))
         return
     passing = _Passing(opened, emit)
     async with aclosing(_reads(raw, content, patience)) as reads:
         async for events in reads:
-            if any([_take(event, heard, passing) for event in events]):
+            try:
+                done = any([_take(event, heard, passing) for event in events])
+            except Exception:
+                # What came before the fault is no less good for it, unless another may answer.
+                passing.on(touched=heard.finished or passing.begun)
+                raise
+            if done:
                 passing.on(touched=True)
                 await linger(content)
                 break
@@ -164,6 +189,8 @@ def _take(event: bytes, heard: Heard, passing: "_Passing") -> bool:
     done = data.startswith(_DONE)
     final = alone = False
     if done:
+        if heard.untouched:
+            raise CallFailed(Reason.MALFORMED, "a stream without an answer")
         heard.complete()
     elif data:
         final, alone = heard.hear(json.loads(data.decode()))
@@ -190,6 +217,11 @@ class _Passing:
         self._opened: Opened | None = opened
         self._emit, self._pieces = emit, list[Piece]()
 
+    @property
+    def begun(self) -> bool:
+        """Whether anything has been passed on."""
+        return self._opened is None
+
     def add(self, piece: Piece) -> None:
         """Take in a piece, behind what came before it."""
         if self.raw:
@@ -210,6 +242,18 @@ class _Passing:
             self._emit(Piece(bytes(self.raw)))
         self._pieces.clear()
         self.raw.clear()
+
+
+def _event(data: bytes) -> bytes:
+    return b"data: " + data + b"\n\n"
+
+
+async def _opening(content: aiohttp.StreamReader, patience: Patience) -> bytes:
+    """The first bytes of an answer; until it is ready some servers send empty lines."""
+    while piece := await patience.read(content):
+        if raw := piece.lstrip().removeprefix(_BOM):
+            return raw
+    return b""
 
 
 async def _reads(
@@ -234,19 +278,3 @@ async def _whole(raw: bytes, response: aiohttp.ClientResponse, patience: Patienc
         if len(body) > MAX_BODY:
             raise CallFailed(Reason.MALFORMED, f"an answer of more than {MAX_BODY} bytes")
     return bytes(body)
-
-
-async def _refused(response: aiohttp.ClientResponse, chat: Chat) -> CallFailed:
-    """What a status other than 200 says, with its page where that is for the caller."""
-    body = await error_page(response)
-    failure = refusal_of(response, body)
-    asked = failure.reason is Reason.REJECTED and not failure.faulty and response.status >= 400
-    if asked or failure.reason is Reason.RATE_LIMITED:
-        failure.page = Page(
-            response.status,
-            response.headers.get("Content-Type", "application/json"),
-            chat.without_key(body),
-            response.headers.get("Retry-After", ""),
-            final=asked,
-        )
-    return failure
