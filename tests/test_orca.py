@@ -148,6 +148,25 @@ async def test_a_stream_of_reports_at_the_asked_interval_ends_with_the_server(
     assert took >= 0.2
 
 
+@pytest.mark.parametrize("seconds", [2**62, -(2**62)])
+async def test_intervals_beyond_all_calendars_are_no_error(
+    settings: Settings, seconds: int
+) -> None:
+    settings = settings.model_copy(update={"mesh": Mesh(load_reports=True)})
+    request = orca_pb2.LoadReportRequest()
+    request.report_interval.seconds = seconds
+    async with (
+        serving(settings) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        call = reports(channel)(request)
+        assert (await call.read()).rps_fractional == 0
+        if seconds < 0:
+            assert (await call.read()).rps_fractional == 0
+        await asyncio.sleep(0.1)
+        assert not call.done()
+
+
 async def test_without_load_reports_nobody_can_ask_for_them(channel: grpc.aio.Channel) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as failure:
         await reports(channel)(orca_pb2.LoadReportRequest()).read()

@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from bestroute.errors import InvalidRequest
-from bestroute.status import abort
+from bestroute.status import abort, status_of
 from bestroute.v1 import routing_pb2 as pb
 from bestroute.v1 import routing_pb2_grpc
 from tests.scripted import Context, scripted
@@ -21,7 +21,7 @@ async def test_a_call_whose_caller_has_left_is_ended_without_a_word(
     """gRPC can't send it anything any more, and would log each with a traceback."""
     arrived = asyncio.Event()
     ended: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
-    report = SimpleNamespace(code=None, error=None)
+    report = SimpleNamespace(code=None, error=None, trailer=())
 
     async def route(_: pb.RouteRequest, context: Context) -> pb.RouteResponse:
         arrived.set()
@@ -45,3 +45,11 @@ async def test_a_call_whose_caller_has_left_is_ended_without_a_word(
     assert isinstance(error, asyncio.CancelledError)
     assert report.code is grpc.StatusCode.INVALID_ARGUMENT  # what it would have been told
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+@pytest.mark.parametrize("repeated", ["\ud800", 600 * "\ud800"])
+def test_what_no_message_can_hold_is_replaced(repeated: str) -> None:
+    """JSON can hold half a character, and errors repeat what they complain of."""
+    status = status_of(InvalidRequest("model", f'must not be "{repeated}"'))
+
+    assert status.message.startswith('model: must not be "?')

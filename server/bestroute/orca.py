@@ -197,7 +197,8 @@ def add_to(server: grpc.aio.Server, load: Load, draining: asyncio.Event) -> None
     async def stream_core_metrics(
         request: orca_pb2.LoadReportRequest, _: Context
     ) -> AsyncGenerator[bytes, None]:
-        pause = max(request.report_interval.ToTimedelta().total_seconds(), _PERIOD)
+        interval = request.report_interval
+        pause = max(interval.seconds + interval.nanos / 1e9, _PERIOD)
         while not draining.is_set():
             yield load.report
             with suppress(TimeoutError):

@@ -67,7 +67,9 @@ def status_of(error: Exception) -> status_pb2.Status:
 
 def _cut(text: str) -> str:
     data = text.encode(errors="replace")
-    return text if len(data) <= _MOST_BYTES else data[:_MOST_BYTES].decode(errors="ignore") + "…"
+    if len(data) <= _MOST_BYTES:
+        return data.decode()
+    return data[:_MOST_BYTES].decode(errors="ignore") + "…"
 
 
 def code_of(status: status_pb2.Status) -> grpc.StatusCode:

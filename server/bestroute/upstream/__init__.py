@@ -8,6 +8,7 @@ sse           server-sent events out of bytes
 relay         a caller's own request passed on, and the answer as it comes
 heard         what such an answer says of itself
 whole_events  server-sent events with all their bytes
+whole_answers an answer in one piece as the chunk of a stream
 completion    what the stream of one chat completion says
 usage         what it used, as far as that can be believed
 failures      what goes wrong, and what follows from it
