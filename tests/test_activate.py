@@ -86,6 +86,15 @@ def test_what_is_no_link_is_left_alone(
     assert "is no symbolic link" in capsys.readouterr().err
 
 
+def test_a_link_that_leads_to_itself_is_mended(link: Path, tiny_bundle: Path) -> None:
+    link.symlink_to(link.name)
+
+    assert run("activate", link, "--link", link) == 1
+    assert run("activate", tiny_bundle, "--link", link) == 0
+    assert link.resolve() == tiny_bundle
+    assert run("rollback", "--link", link) == 1  # there is nothing worth going back to
+
+
 def test_a_rollback_without_a_way_back_says_so(
     link: Path, tiny_bundle: Path, trading_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -81,6 +81,13 @@ def test_a_missing_file_says_where_to_start(tmp_path: Path) -> None:
         Settings.load(tmp_path / "none.toml")
 
 
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_an_empty_file_is_no_way_to_the_defaults(tmp_path: Path, text: str) -> None:
+    """It is what a full disk leaves of settings."""
+    with pytest.raises(ConfigInvalid, match=r"is empty; leave --config away"):
+        Settings.load(write(tmp_path, text))
+
+
 def test_a_wrong_variable_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BESTROUTE_SERVER__LISTN", "x")
 

@@ -22,7 +22,7 @@ def target_of(link: Path) -> Path | None:
         BundleInvalid: something else is there, which is not to be replaced.
     """
     try:
-        return link.parent.resolve() / link.readlink()
+        return Path(os.path.realpath(link.parent)) / link.readlink()
     except FileNotFoundError:
         return None
     except OSError:
@@ -30,6 +30,12 @@ def target_of(link: Path) -> Path | None:
             f"{link} is no symbolic link; a bundle is activated by pointing a link at it: move "
             "what is there aside, and let `bundle = ` name the link"
         ) from None
+
+
+def same(one: Path, other: Path) -> bool:
+    """Whether two paths lead to the same; also of links that lead nowhere."""
+    # Not `Path.resolve`, which raises where a link leads to itself.
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def point(link: Path, bundle: Path) -> Path | None:
@@ -42,7 +48,7 @@ def point(link: Path, bundle: Path) -> Path | None:
         BundleInvalid: the link can't be made, or something else is in its place.
     """
     former = target_of(link)
-    if former is not None and former.resolve() == bundle.resolve():
+    if former is not None and same(former, bundle):
         return None
     try:
         # First, so that there is a way back whenever the link leads to the new one.

@@ -1,6 +1,7 @@
 """`bestroute bundle activate` and `rollback`: which bundle a running server serves."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,7 +65,7 @@ def _activate(args: argparse.Namespace) -> int:
 
     try:
         target_of(args.link)  # before the work of verifying
-        bundle = Bundle.load(args.path.resolve())
+        bundle = Bundle.load(Path(os.path.realpath(args.path)))
         asyncio.run(verify(bundle, Settings.load().engine))
         former = point(args.link, bundle.directory)
     except ConfigInvalid as error:
@@ -77,7 +78,7 @@ def _activate(args: argparse.Namespace) -> int:
 
 def _rollback(args: argparse.Namespace) -> int:
     from bestroute.bundle import Bundle
-    from bestroute.links import point, previous_of, target_of
+    from bestroute.links import point, previous_of, same, target_of
 
     try:
         current, previous = target_of(args.link), target_of(previous_of(args.link))
@@ -86,7 +87,7 @@ def _rollback(args: argparse.Namespace) -> int:
                 f"{previous_of(args.link)} does not exist, so there is nothing to go back to; "
                 "it is made when `bestroute bundle activate` finds the link leading elsewhere"
             )
-        if current is not None and current.resolve() == previous.resolve():
+        if current is not None and same(current, previous):
             raise BundleInvalid(
                 f"{args.link} leads to {current} already, and nothing else is remembered; "
                 "activate the bundle that you want"

@@ -147,7 +147,12 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        if not text.strip():  # as a full disk leaves it; the defaults would be a surprise
+            raise ConfigInvalid(
+                f"{file} is empty; leave --config away to run with the defaults, or write a comment"
+            )
+        return tomllib.loads(text)
     except FileNotFoundError:
         raise ConfigInvalid(
             f"{file} does not exist; start from examples/bestroute.toml, "

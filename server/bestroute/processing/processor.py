@@ -167,7 +167,10 @@ class ExternalProcessor:
 async def _end(context: Context, answer: pb.ProcessingResponse) -> None:
     """Write the last word on a request. Having that, Envoy may leave before our end is with it."""
     with suppress(asyncio.CancelledError):
-        await context.write(answer)
+        try:
+            await context.write(answer)
+        except grpc.aio.InternalError as unsent:  # it has left before it could have it
+            raise asyncio.CancelledError from unsent
 
 
 def _decision(asked: Body, decided: Decided) -> pb.ProcessingResponse:
