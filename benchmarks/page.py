@@ -17,7 +17,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks import sections
+from benchmarks import mesh_sections, sections
 from benchmarks.latencies import medians, milliseconds
 from benchmarks.peers.registry import PEERS
 from benchmarks.record import RESULTS
@@ -68,7 +68,7 @@ def write(records: Mapping[str, Record], page: Path, pictures: Path) -> None:
         with rc_context(STYLE):
             draw(each, pictures)
         parts.append("\n".join(_section(each, pictures.relative_to(page.parent))) + "\n")
-    parts.append("\n".join(sections.of(records)))
+    parts.append("\n".join((*sections.of(records), *mesh_sections.of(records))))
     page.write_text("\n".join(parts), encoding="utf-8")
 
 
