@@ -143,16 +143,7 @@ class Rules:
             kept = self._kept(former, policy, criterion, options, reference, costs, allowed)
             if kept is not None:
                 return Decision(kept, reference, criterion, None, options)
-        if isinstance(criterion, Threshold):
-            merits = probabilities
-            best = int(choose(probabilities, costs, criterion.match_threshold, allowed))
-        else:
-            assert gains is not None  # a bundle that has rates has gains
-            merits, rate = gains, criterion.quality_per_usd
-            if allowed is True:
-                best = trade_off_one(gains.tolist(), costs.tolist(), reference_cost, rate)
-            else:
-                best = int(trade_off(gains, costs, reference_cost, rate, allowed))
+        best, merits = _best(criterion, options, costs, reference_cost, allowed)
         if best != REFERENCE:
             return Decision(options[best], reference, criterion, None, options)
         fallback = Decision(reference, reference, criterion, Fallback.BELOW_THRESHOLD, options)
@@ -208,15 +199,7 @@ class Rules:
         arm = (former.model, former.samples)
         if former.hold is Hold.ARM and arm in self._arms and own[index := self._arms.index(arm)]:
             return options[index]
-        probabilities, gains = options.match_probability, options.expected_gain
-        assert probabilities is not None
-        if isinstance(criterion, Threshold):
-            merits = probabilities
-            best = int(choose(probabilities, costs, criterion.match_threshold, own))
-        else:
-            assert gains is not None  # a bundle that has rates has gains
-            merits, saved = gains, reference.estimated_cost_usd
-            best = int(trade_off(gains, costs, saved, criterion.quality_per_usd, own))
+        best, merits = _best(criterion, options, costs, reference.estimated_cost_usd, own)
         if best == REFERENCE:
             best = int(np.where(own, merits, -np.inf).argmax())
         return options[best]
@@ -305,3 +288,23 @@ class Rules:
     ) -> Option:
         name = self._manifest.reference_model
         return self._costs.option(name, 1, 1.0, prompt_tokens, told_output_tokens, former)
+
+
+def _best(
+    criterion: Criterion,
+    options: Options,
+    costs: Floats,
+    reference_cost: float,
+    allowed: npt.NDArray[np.bool_] | bool,
+) -> tuple[int, Floats]:
+    """The arm that meets the criterion best, or `REFERENCE`; by what arms are promising, [A]."""
+    probabilities, gains = options.match_probability, options.expected_gain
+    if isinstance(criterion, Threshold):
+        assert probabilities is not None  # the router has read the prompt
+        chosen = choose(probabilities, costs, criterion.match_threshold, allowed)
+        return int(chosen), probabilities
+    assert gains is not None  # a bundle that has rates has gains
+    rate = criterion.quality_per_usd
+    if allowed is True:
+        return trade_off_one(gains.tolist(), costs.tolist(), reference_cost, rate), gains
+    return int(trade_off(gains, costs, reference_cost, rate, allowed)), gains
