@@ -247,7 +247,7 @@ async def test_a_worker_that_finds_no_bundle_tries_again(service: Service, bundl
 async def test_a_replaced_worker_serves_as_the_others_do(tiny_bundle: Path, tmp_path: Path) -> None:
     """Not by what takes effect at the next start only, which the others don't have."""
     config = tmp_path / "bestroute.toml"
-    config.write_text("")
+    config.write_text("# nothing yet\n")
     with serving(tiny_bundle, "--config", str(config)) as service:
         config.write_text("[server]\nmax_prompt_bytes = 1\n")
         service.parent.send_signal(signal.SIGHUP)
