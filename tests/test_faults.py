@@ -4,10 +4,11 @@ They are put where ONNX Runtime or the tokenizer is called, below everything tha
 """
 
 import asyncio
+import gc
 import random
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
@@ -27,6 +28,7 @@ from bestroute.client.failures import failure, unreachable
 from bestroute.config import Batching, Routing, Server, Settings
 from bestroute.config import Engine as EngineSettings
 from bestroute.errors import EngineStalled
+from bestroute.process import spare_what_is_loaded
 from bestroute.status import status_of
 from bestroute.tokenizer import Tokenizer
 from bestroute.v1 import routing_pb2 as pb
@@ -67,6 +69,17 @@ class Faults:
 
         self.act = act
         return over
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _nothing_of_other_tests() -> Iterator[None]:
+    """As `bestroute serve` does it. A process that has run other tests has a million objects.
+
+    To look through them takes a second, in which nobody is told anything.
+    """
+    spare_what_is_loaded()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
