@@ -3,13 +3,16 @@
 import asyncio
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import os
+import re
 import resource
 import shutil
 import socket
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,8 +23,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from bestroute.app import Running
-from bestroute.cli.doctor import machine, ports
+from bestroute.cli.doctor import configuration, machine, ports
 from bestroute.cli.doctor.findings import Level
+from bestroute.config import Settings
 from bestroute.engine import cpus
 from tests.doctoring import Doctor, Told
 
@@ -212,6 +216,25 @@ async def test_caches_that_cannot_be_written_are_told(
 
     assert done.code == 1
     done.line("FAIL", "engine.cache = ")
+
+
+def test_whatever_is_to_be_installed_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every part on that may need a package more, and none of them there."""
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    settings = Settings.model_validate(
+        {
+            "engine": {"provider": "kserve", "endpoint": "grpc://127.0.0.1:8001"},
+            "tracing": {"endpoint": "http://127.0.0.1:4317"},
+            "decision_log": {"directory": "/tmp"},
+        }
+    )
+
+    told = " ".join(finding.text for finding in configuration.extras(settings))
+    extras = re.findall(r"bestroute\[(\w+)\]", told)
+
+    assert set(extras) == {"otel", "log"}
+    assert project["optional-dependencies"].keys() >= set(extras)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from bestroute.desk import Desk
 from bestroute.guard.callers import Callers
 from bestroute.guard.keys import new_key
 from bestroute.observe.telemetry import Telemetry
+from bestroute.sessions import Sessions
 from bestroute.traffic.traffic import open_traffic
 from bestroute.v1 import operations_pb2 as pb
 from bestroute.v1 import routing_pb2
@@ -391,7 +392,8 @@ async def test_a_slow_reader_gets_what_is_true_when_it_reads(settings: Settings)
     Read as gRPC reads the handler, since it takes many messages until a connection is full.
     """
     async with serving(settings) as running, open_traffic(settings.decision_log) as traffic:
-        desk = Desk(running.live, Callers({}), telemetry := Telemetry(), traffic)
+        sessions = Sessions(settings.sessions)
+        desk = Desk(running.live, Callers({}), telemetry := Telemetry(), traffic, sessions)
         service = OperationsService(desk, Boundary(desk.callers, telemetry), 1)
         stream = service.watch_status(QUICK, ANYBODY)
         await anext(stream)

@@ -11,7 +11,6 @@ from typing import NamedTuple
 from bestroute.best_of_n import Result
 from bestroute.call import Call
 from bestroute.candidate import Candidate
-from bestroute.config import Sessions as Settings
 from bestroute.guard.callers import Callers
 from bestroute.live import Live
 from bestroute.observe.telemetry import Telemetry
@@ -44,8 +43,7 @@ class Desk:
         callers: who calls, and what they may have.
         telemetry: is told what happens.
         traffic: is told what is decided, and how it turns out.
-        sessions: remembers conversations, which outlast a router that is replaced; None: as many,
-            and as long, as by default.
+        sessions: remembers conversations, which outlast a router that is replaced.
     """
 
     def __init__(
@@ -54,10 +52,10 @@ class Desk:
         callers: Callers,
         telemetry: Telemetry,
         traffic: Traffic,
-        sessions: Sessions | None = None,
+        sessions: Sessions,
     ) -> None:
         self.live, self.callers, self.telemetry, self.traffic = live, callers, telemetry, traffic
-        self._sessions = Sessions(Settings()) if sessions is None else sessions
+        self._sessions = sessions
 
     @property
     def sessions(self) -> int:
@@ -69,12 +67,8 @@ class Desk:
     ) -> Decided:
         """Choose an arm, which a session takes for run; raises as `Router.decide` does."""
         standing = None if session is None else self._sessions.standing(call.caller, session)
-        with self.live.using(call, session) as router:
-            try:
-                routed = await router.decide(prompt, policy, call, standing)
-            except Exception as error:
-                self.telemetry.unanswered(error, router.manifest.version)
-                raise
+        with self.live.using(call, session) as router, self._blaming(router):
+            routed = await router.decide(prompt, policy, call, standing)
         if session is not None and routed.past is not None:
             self._sessions.ran(call.caller, session, routed.past)
         decision_id = self.traffic.decided(prompt, policy, routed, router.manifest, call)
@@ -85,22 +79,10 @@ class Desk:
         self, prompt: Prompt, answers: Sequence[str], call: Call
     ) -> tuple[Scored, Router]:
         """Score answers; raises as `Router.score` does."""
-        with self.live.using(call) as router:
-            try:
-                scored = await router.score(prompt, answers, call)
-            except Exception as error:
-                self.telemetry.unanswered(error, router.manifest.version)
-                raise
+        with self.live.using(call) as router, self._blaming(router):
+            scored = await router.score(prompt, answers, call)
         self.telemetry.scored(scored, call)
         return scored, router
-
-    @contextmanager
-    def _blaming(self, router: Router) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            self.telemetry.unanswered(error, router.manifest.version)
-            raise
 
     async def generate(self, order: Order) -> AsyncGenerator[Decided | Event, None]:
         """Decide, then answer: see `Router.generate`. Close the generator to stop.
@@ -142,3 +124,12 @@ class Desk:
                     self.telemetry.generated(event, routed, call, router.manifest.version)
                     generation.happened(event)
                     yield event
+
+    @contextmanager
+    def _blaming(self, router: Router) -> Iterator[None]:
+        """Count what is not answered against the bundle that should have."""
+        try:
+            yield
+        except Exception as error:
+            self.telemetry.unanswered(error, router.manifest.version)
+            raise

@@ -178,11 +178,6 @@ def extras(settings: Settings) -> Iterator[Finding]:
         "security.jwks_url or jwks_file": ("jwt", "jwt", settings.security.tokens),
         "tracing.endpoint": ("opentelemetry", "otel", settings.tracing.endpoint is not None),
         "decision_log.directory": ("pyarrow", "log", settings.decision_log.directory is not None),
-        "engine.provider = 'kserve'": (
-            "tritonclient",
-            "kserve",
-            settings.engine.provider == "kserve",
-        ),
     }
     for key, (module, extra, needed) in wanted.items():
         if needed and importlib.util.find_spec(module) is None:
